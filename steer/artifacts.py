@@ -1,0 +1,262 @@
+"""Artifacts: tensors with the story of how they were made, in one safetensors file (DESIGN §5).
+
+The file's metadata hold one entry, `steer`, a JSON block with exactly the keys of `PROVENANCE`. Whatever was not
+filled in is null. Unknown versions, kinds and keys are refused; nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from steer.errors import SteerError
+from steer.files import replacing
+from steer.identity import ModelIdentity, canonical, digest, known_keys
+
+FORMAT_VERSION = 1
+KINDS = ("direction", "scores", "steering", "patch", "summary", "sae")
+GIVEN = ("model", "site", "convention", "data_hash", "data_count", "options", "seed", "parents", "content")
+FILLED = ("format_version", "kind", "code_version", "dtype", "tensors_id")
+PROVENANCE = FILLED + GIVEN
+_PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+
+
+@dataclass(frozen=True, eq=False)
+class Artifact:
+    """What a file holds.
+
+    Attributes:
+        kind: one of `KINDS`.
+        tensors: by name, on the CPU, in the dtype they were written in.
+        provenance: exactly the keys of `PROVENANCE`.
+    """
+
+    kind: str
+    tensors: dict[str, Tensor]
+    provenance: dict[str, Any]
+
+    @property
+    def model(self) -> ModelIdentity | None:
+        """The model it was made for, where the file says so."""
+        stored = self.provenance["model"]
+        return None if stored is None else ModelIdentity.from_dict(stored)
+
+
+def provenance(
+    *,
+    model: ModelIdentity | None = None,
+    site: str | None = None,
+    convention: str | None = None,
+    data_hash: str | None = None,
+    data_count: int | None = None,
+    options: Mapping[str, object] | None = None,
+    seed: int | None = None,
+    parents: Sequence[str] = (),
+    content: Mapping[str, object] | None = None,
+) -> dict[str, Any]:
+    """Return the block of provenance that `write` takes.
+
+    Args:
+        model: the model it was made from.
+        site: where its vectors live.
+        convention: what the numbers mean, such as "mean(long) - mean(short), raw".
+        data_hash: hash of the traces or summary it was made from.
+        data_count: how many traces went in.
+        options: every option that shaped it.
+        seed: of its random choices.
+        parents: fingerprints of the artifacts it was made from.
+        content: what the kind needs to read its tensors, such as layer numbers.
+    """
+    return {
+        "model": None if model is None else model.to_dict(),
+        "site": site,
+        "convention": convention,
+        "data_hash": data_hash,
+        "data_count": data_count,
+        "options": dict(options or {}),
+        "seed": seed,
+        "parents": list(parents),
+        "content": dict(content or {}),
+    }
+
+
+def tensors_id(tensors: Mapping[str, Tensor]) -> str:
+    """Return the hash of names, dtypes, shapes and bytes; the order of the mapping does not matter."""
+    parts: list[bytes | memoryview] = []
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        parts += [
+            canonical([name, str(tensor.dtype), list(tensor.shape)]).encode(),
+            tensor.reshape(-1).view(torch.uint8).numpy().data,
+        ]
+    return digest(parts)
+
+
+@cache
+def code_version() -> str:
+    """Return the version of the installed distribution, or "unknown" when run from a bare folder."""
+    try:
+        return metadata.version("reasoning-steer")
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def write(
+    path: str | Path, kind: str, tensors: Mapping[str, Tensor], provenance: Mapping[str, Any], overwrite: bool = False
+) -> None:
+    """Write an artifact, whole or not at all, with mode 0644.
+
+    Args:
+        path: a name ending in `.safetensors`.
+        kind: one of `KINDS`.
+        tensors: by name; written as they are.
+        provenance: keys among `GIVEN`, as the function `provenance` makes them; missing ones become null.
+        overwrite: allow `path` to exist.
+
+    Raises:
+        SteerError: the suffix, the kind or a key is not known, or `path` exists.
+        OSError: the disk or the permissions refuse.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise SteerError(
+            f"the name {path.name!r} does not end in .safetensors",
+            "a .safetensors file",
+            "Add the ending, so that others see what the file is",
+        )
+    _check_kind(kind, str(path))
+    known_keys(provenance, GIVEN, f"the provenance of {path}")
+    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    block = {key: provenance.get(key) for key in GIVEN} | {
+        "format_version": FORMAT_VERSION,
+        "kind": kind,
+        "code_version": code_version(),
+        "dtype": ",".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in plain.values()})),
+        "tensors_id": tensors_id(plain),
+    }
+    with replacing(path, overwrite) as partial:
+        save_file(plain, partial, {"steer": canonical(block)})
+
+
+def read(path: str | Path, kind: str | None = None) -> Artifact:
+    """Read an artifact and check that it is whole.
+
+    Args:
+        path: file written by `write`.
+        kind: what it has to be; None takes any known kind.
+
+    Raises:
+        SteerError: no such file, a pickle, a damaged or foreign safetensors file, an unknown version, kind or key, or
+            another kind.
+    """
+    path = Path(path)
+    block = read_block(path)
+    if kind is not None and block["kind"] != kind:
+        raise SteerError(f"{path} holds a {block['kind']}", f"a {kind}", f"Give the file of a {kind}")
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - a handle, not a mapping
+    if tensors_id(tensors) != block["tensors_id"]:
+        raise SteerError(
+            f"{path} is damaged: its tensors do not match the hash in its header",
+            "the bytes that were written",
+            "Copy or make the file again",
+        )
+    return Artifact(block["kind"], tensors, block)
+
+
+def read_block(path: Path) -> dict[str, Any]:
+    """Return the provenance of an artifact from its header alone; errors as `read`."""
+    if not path.is_file():
+        raise SteerError(f"there is no file {path}", "an artifact written by this toolkit", "Check the path")
+    with path.open("rb") as stream:
+        if stream.read(4).startswith(_PICKLES):
+            raise SteerError(
+                f"{path} is a pickle, which can run code when it is read",
+                "a safetensors file",
+                "Convert it with the program that made it; it is never opened here",
+            )
+    try:
+        with safe_open(path, framework="pt") as file:
+            stored = file.metadata() or {}
+    except SafetensorError as error:
+        raise SteerError(
+            f"{path} is not a whole safetensors file ({error})",
+            "an artifact written by this toolkit",
+            "Copy or make the file again",
+        ) from error
+    if "steer" not in stored:
+        raise SteerError(
+            f"{path} is a safetensors file without our provenance",
+            "an artifact written by this toolkit",
+            "Make it with `steer probe` or `steer patch`",
+        )
+    return _checked_block(stored["steer"], path)
+
+
+def _checked_block(text: str, path: Path) -> dict[str, Any]:
+    try:
+        block = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise SteerError(
+            f"the provenance of {path} is not JSON ({error})", "the block that was written", "Make the file again"
+        ) from error
+    if not isinstance(block, dict):
+        raise SteerError(
+            f"the provenance of {path} is a {type(block).__name__}", "a JSON object", "Make the file again"
+        )
+    version = block.get("format_version")
+    if version != FORMAT_VERSION:
+        raise SteerError(
+            f"{path} has format version {version!r}",
+            f"version {FORMAT_VERSION}",
+            "Read it with the version of reasoning-steer that wrote it, or make it again",
+        )
+    known_keys(block, PROVENANCE, f"the provenance of {path}")
+    missing = [key for key in PROVENANCE if key not in block]
+    if missing:
+        raise SteerError(
+            f"the provenance of {path} lacks {', '.join(missing)}", "every key of the format", "Make the file again"
+        )
+    _check_kind(block["kind"], str(path))
+    return block
+
+
+def _check_kind(kind: object, where: str) -> None:
+    if kind not in KINDS:
+        raise SteerError(
+            f"{where} is of the unknown kind {kind!r}",
+            f"one of {', '.join(KINDS)}",
+            "Update reasoning-steer, or check the file",
+        )
+
+
+def kind_of(path: str | Path) -> str:
+    """Say what a file or folder is: one of `KINDS`, or `adapter` for a PEFT folder; reads headers only.
+
+    A steering is known by its `.yaml`.
+
+    Raises:
+        SteerError: it is none of these.
+    """
+    path = Path(path)
+    if path.is_dir():
+        if (path / "adapter_config.json").is_file():
+            return "adapter"
+        raise SteerError(
+            f"the folder {path} has no adapter_config.json",
+            "an adapter, a steering (.yaml) or a patch (.safetensors)",
+            "Give a file, or use the folder as MODEL if it is a checkpoint",
+        )
+    if path.suffix in (".yaml", ".yml") and path.is_file():
+        return "steering"
+    return str(read_block(path)["kind"])
