@@ -184,6 +184,8 @@ class Steering:
             head | {"vectors": artifacts.tensors_id(tensors), "interventions": rows},
             sort_keys=False,
             allow_unicode=True,
+            default_flow_style=None,
+            width=120,
         )
         write_text(path, text, overwrite)
         return path
