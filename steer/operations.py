@@ -112,7 +112,11 @@ class ProjectColumns:
         if self.module not in MODULES:
             raise SteerError(f"the operation names the module {self.module!r}", f"one of {', '.join(MODULES)}")
         if not self.heads:
-            raise SteerError(f"the operation on {self.matrix} names no head", "at least one head", "Choose heads with `steer probe heads`")
+            raise SteerError(
+                f"the operation on {self.matrix} names no head",
+                "at least one head",
+                "Choose heads with `steer probe heads`",
+            )
         if len(set(self.heads)) != len(self.heads):
             raise SteerError(f"the operation on {self.matrix} names a head twice: {list(self.heads)}", "each head once")
         if self.layer < 0 or min(self.heads) < 0:
@@ -172,7 +176,13 @@ class ProjectColumns:
 
     def as_json(self) -> dict[str, Any]:
         """Return everything but the vector."""
-        return {"operation": "project_columns", "layer": self.layer, "module": self.module, "heads": list(self.heads), "weight": self.weight}
+        return {
+            "operation": "project_columns",
+            "layer": self.layer,
+            "module": self.module,
+            "heads": list(self.heads),
+            "weight": self.weight,
+        }
 
 
 def _sum_rows(values: Float[Tensor, "row column"]) -> Float[Tensor, " column"]:
@@ -209,7 +219,9 @@ class Survival:
     inner: float = 0.0
 
     def __add__(self, other: Survival) -> Survival:
-        return Survival(self.wanted_square + other.wanted_square, self.actual_square + other.actual_square, self.inner + other.inner)
+        return Survival(
+            self.wanted_square + other.wanted_square, self.actual_square + other.actual_square, self.inner + other.inner
+        )
 
     @property
     def wanted(self) -> float:
@@ -272,7 +284,9 @@ def edit_(weight: Float[Tensor, "out in"], operations: Sequence[Operation], head
     return survival
 
 
-def edited(weight: Float[Tensor, "out in"], operations: Sequence[Operation], head_width: int) -> Float[Tensor, "out in"]:
+def edited(
+    weight: Float[Tensor, "out in"], operations: Sequence[Operation], head_width: int
+) -> Float[Tensor, "out in"]:
     """Return the weight after `operations`, on its device and in its dtype; `weight` itself is not changed.
 
     Raises:
@@ -305,7 +319,11 @@ def low_rank(
 
 def _wide(weight: Tensor, columns: slice) -> Tensor:
     if weight.dtype not in DTYPES:
-        raise SteerError(f"the weight has dtype {weight.dtype}", f"one of {', '.join(str(dtype) for dtype in DTYPES)}", "Edit the unquantised model")
+        raise SteerError(
+            f"the weight has dtype {weight.dtype}",
+            f"one of {', '.join(str(dtype) for dtype in DTYPES)}",
+            "Edit the unquantised model",
+        )
     return weight.detach()[:, columns].to("cpu", copy=True).contiguous().double()
 
 

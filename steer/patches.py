@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -19,14 +19,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from steer import artifacts
+from steer.directions import Direction
 from steer.errors import SteerError
+from steer.identity import ModelIdentity, canonical, check_same, known_keys
+from steer.interventions import ProjectOut
 from steer.operations import DTYPES, Matrix, Operation, ProjectColumns, Survival, edit_, edited, low_rank, tensor_hash
+from steer.steering import Steering
 
 if TYPE_CHECKING:
     from edits.checkpoint.plan import Plan
-    from steer.identity import ModelIdentity
     from steer.model import SteerableModel
-    from steer.steering import Steering
 
 __all__ = ["Matrix", "Operation", "Patch", "ProjectColumns", "edited", "low_rank"]
 
@@ -52,7 +55,9 @@ class Patch:
 
     def __post_init__(self) -> None:
         if not self.operations:
-            raise SteerError("the patch has no operation, so it would leave the model as it is", "at least one head or matrix")
+            raise SteerError(
+                "the patch has no operation, so it would leave the model as it is", "at least one head or matrix"
+            )
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Patch) and self.fingerprint == other.fingerprint
@@ -78,21 +83,102 @@ class Patch:
         digest = hashlib.sha256()
         for operations in self.matrices.values():
             for operation in operations:
-                digest.update(json.dumps(operation.as_json(), sort_keys=True, separators=(",", ":")).encode())
-                digest.update(tensor_hash(operation.tensor).encode())
+                digest.update(canonical([operation.as_json(), tensor_hash(operation.tensor)]).encode())
         return digest.hexdigest()
 
     def scaled(self, scale: float) -> Patch:
         """Return the patch with the weight of every operation multiplied by `scale`."""
         return replace(self, operations=tuple(operation.scaled(scale) for operation in self.operations))
 
-    def plan(self, folder: str | Path) -> Plan:
+    def save(self, path: str | Path, overwrite: bool = False) -> None:
+        """Write the patch as one artifact: a vector per operation, and the operations in its provenance.
+
+        Raises:
+            SteerError: the name does not end in `.safetensors`, or is taken.
+            OSError: the disk refuses.
+        """
+        content = {
+            "operations": [operation.as_json() for operation in self.operations],
+            "expects": {f"{matrix.layer}.{matrix.module}": value for matrix, value in sorted(self.expects.items())},
+        }
+        tensors = {f"operation.{index}": operation.tensor for index, operation in enumerate(self.operations)}
+        story = {key: value for key, value in self.provenance.items() if key in artifacts.GIVEN}
+        model = None if self.model is None else self.model.to_dict()
+        artifacts.write(path, "patch", tensors, story | {"model": model, "content": content}, overwrite)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Patch:
+        """Read what `save` wrote.
+
+        Raises:
+            SteerError: no such file, damaged, of another kind, or with an operation that this version does not know.
+        """
+        found = artifacts.read(path, "patch")
+        content = found.provenance["content"]
+        known_keys(content, ("operations", "expects"), f"the content of {path}")
+        operations = tuple(
+            _operation(stored, found.tensors.get(f"operation.{index}"), path)
+            for index, stored in enumerate(content["operations"])
+        )
+        expects = {
+            Matrix(int(key.split(".", 1)[0]), key.split(".", 1)[1]): value for key, value in content["expects"].items()
+        }
+        story = {key: found.provenance[key] for key in artifacts.GIVEN if key not in ("model", "content")}
+        return cls(operations, found.model, expects, story)
+
+    def plan(self, folder: str | os.PathLike[str], anatomy: str | os.PathLike[str] | None = None) -> Plan:
         """Say what the patch would do to the checkpoint in `folder`; headers only, nothing is written.
 
-        `edits` sits above `steer`, so its room is looked up by name when it is needed.
+        See `edits.checkpoint.plan.plan`. `edits` sits above `steer`, so its room is looked up by name when it is needed.
         """
-        made: Plan = importlib.import_module("edits.checkpoint.plan").plan(self, folder)
+        made: Plan = importlib.import_module("edits.checkpoint.plan").plan(self, folder, anatomy)
         return made
+
+    def steering(self) -> Steering:
+        """Return the hook form: `ProjectOut` at `head_out`, one intervention for all layers that share a weight.
+
+        Both forms get their arithmetic from `steer.operations`, so overlapping operations compose alike.
+        """
+        groups: dict[tuple[int, float], list[ProjectColumns]] = {}
+        for matrix, operations in self.matrices.items():
+            for turn, operation in enumerate(operations):
+                if not isinstance(operation, ProjectColumns):
+                    raise SteerError(
+                        f"the operation on {matrix} is a {type(operation).__name__}",
+                        "ProjectColumns",
+                        "Use the patch itself, `patch.on(model)`",
+                    )
+                groups.setdefault((turn, operation.weight), []).append(operation)
+        return Steering(tuple(self._project_out(groups[key]) for key in sorted(groups)), self.model)
+
+    def _project_out(self, operations: list[ProjectColumns]) -> ProjectOut:
+        vectors, layers = (
+            torch.stack([operation.vector for operation in operations]),
+            tuple(operation.layer for operation in operations),
+        )
+        direction = Direction(vectors, layers, str(self.provenance.get("site") or "resid_mid"), self.model)
+        heads = tuple((operation.layer, head) for operation in operations for head in operation.heads)
+        return ProjectOut(direction, "head_out", operations[0].weight, heads=heads)
+
+    @classmethod
+    def from_steering(cls, steering: Steering) -> Patch:
+        """Return the patch that does what a steering does.
+
+        Raises:
+            SteerError: an intervention is no `ProjectOut` at `head_out` in phase `all`, the one that has a patch form.
+        """
+        operations: list[Operation] = []
+        for each in steering.interventions:
+            if not (isinstance(each, ProjectOut) and each.heads and each.phase == "all"):
+                raise SteerError(
+                    f"{type(each).__name__} at {each.site} in phase {each.phase} has no patch form",
+                    "ProjectOut at head_out in phase all",
+                    "Use its hook form, `model.steered(steering)`",
+                )
+            for layer in each.active_layers:
+                heads = tuple(head for at, head in each.heads if at == layer)
+                operations.append(ProjectColumns(layer, "attention_output", heads, each.direction[layer], each.weight))
+        return cls(tuple(operations), steering.model, provenance={"parents": [steering.fingerprint]})
 
     @contextmanager
     def on(self, model: SteerableModel, scale: float = 1.0) -> Iterator[dict[Matrix, Survival]]:
@@ -111,8 +197,7 @@ class Patch:
         Raises:
             SteerError: another model's shape; a weight that is quantised or not in memory.
         """
-        if self.model is not None:
-            importlib.import_module("steer.identity").check_same(model.identity, self.model, "patch")
+        check_same(self.model, model.identity, "the patch")
         heads = model.anatomy.heads
         found = {matrix: model.parameter(matrix.module, matrix.layer) for matrix in self.matrices}
         scaled = self.scaled(scale).matrices
@@ -121,13 +206,29 @@ class Patch:
             for operation in scaled[matrix]:
                 operation.check((parameter.shape[0], parameter.shape[1]), heads)
         with ExitStack() as stack:
-            yield {matrix: stack.enter_context(_held(found[matrix], operations, heads)) for matrix, operations in scaled.items()}
+            yield {
+                matrix: stack.enter_context(_held(found[matrix], operations, heads))
+                for matrix, operations in scaled.items()
+            }
+
+
+def _operation(stored: Mapping[str, Any], tensor: Tensor | None, path: str | Path) -> Operation:
+    known_keys(stored, ("operation", "layer", "module", "heads", "weight"), f"an operation of {path}")
+    if stored.get("operation") != "project_columns" or tensor is None:
+        raise SteerError(
+            f"{path} holds the operation {stored.get('operation')!r}, or lacks its tensor",
+            "project_columns with a vector",
+            "Read it with the version that wrote it",
+        )
+    return ProjectColumns(stored["layer"], stored["module"], tuple(stored["heads"]), tensor, stored["weight"])
 
 
 def _check_parameter(matrix: Matrix, parameter: Tensor, heads: int) -> None:
     remedy = "Use its hook form, `patch.steering()`, or load the model unquantised and in memory"
     if parameter.device.type == "meta":
-        raise SteerError(f"the weight of {matrix} is offloaded, its bytes are not in memory", "a weight in memory", remedy)
+        raise SteerError(
+            f"the weight of {matrix} is offloaded, its bytes are not in memory", "a weight in memory", remedy
+        )
     if parameter.dtype not in DTYPES or parameter.dim() != 2 or type(parameter.data) is not Tensor:
         raise SteerError(
             f"the weight of {matrix} is a {type(parameter).__name__} of dtype {parameter.dtype}, shape {tuple(parameter.shape)}: quantised or sharded",
@@ -135,7 +236,9 @@ def _check_parameter(matrix: Matrix, parameter: Tensor, heads: int) -> None:
             remedy,
         )
     if parameter.shape[1] % heads:
-        raise SteerError(f"{matrix} has {parameter.shape[1]} inputs for {heads} heads", "a whole number of columns per head")
+        raise SteerError(
+            f"{matrix} has {parameter.shape[1]} inputs for {heads} heads", "a whole number of columns per head"
+        )
 
 
 @dataclass

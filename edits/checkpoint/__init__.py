@@ -1,0 +1,25 @@
+"""Checkpoints on disk: plan a patch from headers, stream it into a new folder, take it back."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from steer.lazy import export
+
+if TYPE_CHECKING:
+    from edits.checkpoint.apply import Edited as Edited
+    from edits.checkpoint.manifest import Manifest as Manifest
+    from edits.checkpoint.plan import Plan as Plan
+    from edits.checkpoint.plan import plan as plan
+    from edits.checkpoint.undo import revert as revert
+
+export(
+    __name__,
+    {
+        "Edited": "edits.checkpoint.apply",
+        "Manifest": "edits.checkpoint.manifest",
+        "Plan": "edits.checkpoint.plan",
+        "plan": "edits.checkpoint.plan",
+        "revert": "edits.checkpoint.undo",
+    },
+)

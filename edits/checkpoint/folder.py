@@ -1,0 +1,236 @@
+"""A folder that is either whole or called `OUT.partial`.
+
+Files are finished one at a time: written under a temporary name, flushed to the disk, renamed, then noted in a
+journal. Only when all are there is the folder renamed to `OUT`. A run that was killed, or met a full disk, leaves
+`OUT.partial`; resuming checks the finished files against the journal, skips them, and ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from edits.checkpoint.stream import Json
+from steer.errors import SteerError
+from steer.files import MODE
+from steer.identity import canonical
+
+OURS = "steer"
+JOURNAL = f"{OURS}/journal.jsonl"
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class FileTask:
+    """One file to make.
+
+    Attributes:
+        name: path in the folder, parts joined by "/".
+        size: bytes that it will have.
+        write: fills the open descriptor, tells the progress how many bytes it wrote, returns what to record.
+        intact: whether a finished file still is what its record says; its size has been checked.
+        link: this file may be hard-linked instead, where the file system can; it is never opened for writing.
+    """
+
+    name: str
+    size: int
+    write: Callable[[int, Progress], Json]
+    intact: Callable[[Path, Json], bool]
+    link: Path | None = None
+
+
+@dataclass(frozen=True)
+class FolderPlan:
+    """What a folder will hold.
+
+    Attributes:
+        tasks: its files.
+        key: what the bytes depend on; a partial folder with another key is not resumed.
+        seal: writes the last files into the partial folder, given the record of every task.
+        sealed: whether a partial folder without a journal is one that only waits for its name.
+    """
+
+    tasks: Sequence[FileTask]
+    key: Json
+    seal: Callable[[Path, Mapping[str, Json]], None]
+    sealed: Callable[[Path], bool]
+
+
+def partial_name(out: Path) -> Path:
+    """Return the name under which `out` is built."""
+    return out.with_name(out.name + ".partial")
+
+
+def write_folder(out: Path, plan: FolderPlan, *, resume: bool = False, progress: Progress | None = None) -> Path:
+    """Make the folder `out`, or finish one that was begun.
+
+    Args:
+        out: must not exist.
+        plan: what it will hold.
+        resume: go on with `out.partial` if it is there.
+        progress: called with numbers of bytes, of finished files too; they add up to the sizes of all tasks.
+
+    Raises:
+        SteerError: `out` exists; a partial folder is there and `resume` is false, or was made by another plan, or is
+            being written; there is too little space; a file could not be written (the partial folder stays).
+    """
+    out = Path(os.path.abspath(out))  # noqa: PTH100 - resolve() would follow a link that has the name of the output
+    partial = partial_name(out)
+    refuse_occupied(out, resume)
+    report = progress or (lambda count: None)
+    with _written(partial, resume):
+        if resume and partial.is_dir() and not (partial / JOURNAL).exists() and plan.sealed(partial):
+            report(sum(task.size for task in plan.tasks))
+        else:
+            _fill(partial, plan, report)
+        _publish(partial, out)
+    return out
+
+
+def refuse_occupied(out: Path, resume: bool) -> None:
+    """Refuse an output name that is taken.
+
+    Raises:
+        SteerError: `out` exists, or `out.partial` does and `resume` is false.
+    """
+    partial = partial_name(out)
+    if os.path.lexists(out):
+        raise SteerError(f"the output {out} exists already", "a name that is free", "Choose another name or remove it")
+    if os.path.lexists(partial) and not resume:
+        raise SteerError(
+            f"{partial} is left from a run that did not finish",
+            "no partial output",
+            "Finish it with --resume (resume=True), or remove it",
+        )
+
+
+@contextmanager
+def _written(partial: Path, resume: bool) -> Iterator[None]:
+    """Say in one paragraph what the disk refused, and that the partial folder can be finished."""
+    try:
+        yield
+    except OSError as error:
+        kept = (
+            f"What was finished stays in {partial}; put this right and run the same command with --resume"
+            if partial.is_dir()
+            else "Choose a folder that can be written"
+        )
+        raise SteerError(
+            f"writing {error.filename or partial} failed: {error.strerror or error}",
+            "a disk with room that may be written",
+            kept,
+        ) from error
+
+
+def _fill(partial: Path, plan: FolderPlan, progress: Progress) -> None:
+    new = not any(path.is_file() for path in partial.rglob("*"))
+    if new:
+        _check_room(partial, plan.tasks)
+        (partial / OURS).mkdir(parents=True, exist_ok=True)
+    with _journal(partial / JOURNAL, plan.key, new) as (journal, records):
+        for task in plan.tasks:
+            record = records.get(task.name)
+            path = partial / task.name
+            if record is not None and path.is_file() and path.stat().st_size == task.size and task.intact(path, record):
+                progress(task.size)
+                continue
+            records[task.name] = _make(path, task, progress)
+            journal.write(canonical({"file": task.name, "record": records[task.name]}) + "\n")
+            journal.flush()
+        plan.seal(partial, records)
+    (partial / JOURNAL).unlink()
+
+
+def _check_room(partial: Path, tasks: Sequence[FileTask]) -> None:
+    parent = next(folder for folder in partial.parents if folder.exists())
+    needed, free = sum(task.size for task in tasks if task.link is None), shutil.disk_usage(parent).free
+    if needed > free:
+        raise SteerError(
+            f"the disk of {parent} has {free / 1e9:.2f} GB free and {needed / 1e9:.2f} GB are to be written",
+            "room for the whole folder",
+            "Free some space, write to another disk, or share untouched files with --link",
+        )
+
+
+@contextmanager
+def _journal(path: Path, key: Json, new: bool) -> Iterator[tuple[IO[str], dict[str, Json]]]:
+    """Open the journal of a partial folder for this process alone, with the records that it holds."""
+    if not new and not path.exists():
+        raise SteerError(
+            f"{path.parent.parent} has no journal, so nobody knows what is finished in it",
+            "a partial output of ours",
+            "Remove the folder and start again",
+        )
+    with path.open("a+", encoding="utf-8") as journal:
+        try:
+            fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise SteerError(
+                f"another process is writing {path.parent.parent}", "one writer", "Wait until it has finished"
+            ) from error
+        journal.seek(0)
+        whole = [line for line in journal.read().splitlines(keepends=True) if line.endswith("\n")]
+        journal.truncate(sum(len(line.encode()) for line in whole))
+        if not whole:
+            journal.write(canonical(key) + "\n")
+            journal.flush()
+        elif (stored := json.loads(whole[0])) != json.loads(canonical(key)):
+            differing = ", ".join(sorted(name for name in {*stored, *key} if stored.get(name) != key.get(name)))
+            raise SteerError(
+                f"{path.parent.parent} was begun with something else (it differs in: {differing})",
+                "the same patch and the same base",
+                "Remove it and start again",
+            )
+        yield journal, {entry["file"]: entry["record"] for entry in map(json.loads, whole[1:])}
+
+
+def _make(path: Path, task: FileTask, progress: Progress) -> Json:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if task.link is not None and _linked(task.link, path):
+        progress(task.size)
+        return {"linked": True}
+    temporary = path.with_name(path.name + ".writing")
+    target = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, MODE)
+    try:
+        record = task.write(target, progress)
+        os.fchmod(target, MODE)
+        os.fsync(target)
+    finally:
+        os.close(target)
+    temporary.replace(path)
+    return record
+
+
+def _linked(source: Path, path: Path) -> bool:
+    """Link to the file itself, since a hub cache is made of symbolic links; say whether that was possible."""
+    path.unlink(missing_ok=True)
+    try:
+        os.link(source.resolve(), path)
+    except OSError:
+        return False
+    return True
+
+
+def _publish(partial: Path, out: Path) -> None:
+    if not any((partial / OURS).iterdir()):
+        (partial / OURS).rmdir()
+    for folder, _, _ in os.walk(partial, topdown=False):
+        sync_folder(Path(folder))
+    partial.rename(out)
+    sync_folder(out.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush the names in a folder to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,149 @@
+"""Bytes from one file to another: the kernel copies what stays, a few ranges are rewritten on the way.
+
+A shard of a checkpoint is written in one pass. Gaps between the touched tensors go through `copy_file_range`, which
+shares blocks on file systems that can and never brings the bytes into this process; a touched tensor is read,
+handed to a function that rewrites it in place, and written. Header, order and sizes therefore stay as they are,
+and memory holds one tensor at a time.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from steer.errors import SteerError
+
+Bytes = NDArray[np.uint8]
+Json = dict[str, Any]
+
+STEP = 1 << 26
+_NO_KERNEL_COPY = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM}
+
+
+@dataclass(frozen=True)
+class Splice:
+    """A range of a file that is rewritten while the file is copied.
+
+    Attributes:
+        start: first byte, counted from the beginning of the file.
+        end: one past the last byte.
+        rewrite: gets the bytes in a buffer of its own, changes them in place, and returns what to record.
+    """
+
+    start: int
+    end: int
+    rewrite: Callable[[Bytes], Json]
+
+
+def read_exactly(source: int, start: int, end: int) -> Bytes:
+    """Read bytes `start` to `end` of an open file into a fresh, aligned buffer.
+
+    Raises:
+        SteerError: the file ends too early.
+    """
+    buffer = np.empty(end - start, dtype=np.uint8)
+    view, position = buffer.data, start
+    while position < end:
+        count = os.preadv(source, [view[position - start :]], position)
+        if count == 0:
+            raise _short(position)
+        position += count
+    return buffer
+
+
+def write_all(target: int, data: Bytes | bytes, start: int) -> None:
+    """Write all of `data` at byte `start` of an open file, however short the kernel's writes are."""
+    view, done = data.data if isinstance(data, np.ndarray) else memoryview(data), 0
+    while done < len(view):
+        done += os.pwrite(target, view[done : done + STEP], start + done)
+
+
+def copy_range(source: int, target: int, start: int, end: int) -> None:
+    """Copy bytes `start` to `end` to the same place of another open file, in the kernel where it can.
+
+    Raises:
+        SteerError: the source ends too early.
+        OSError: the disk refuses.
+    """
+    position, kernel = start, hasattr(os, "copy_file_range")
+    while position < end:
+        count = min(end - position, STEP)
+        if kernel:
+            try:
+                copied = os.copy_file_range(source, target, count, position, position)
+            except OSError as error:
+                if error.errno not in _NO_KERNEL_COPY:
+                    raise
+                kernel = False
+                continue
+            if copied == 0 and os.fstat(source).st_size > position:
+                kernel = False
+                continue
+        else:
+            block = os.pread(source, min(count, 1 << 23), position)
+            write_all(target, block, position)
+            copied = len(block)
+        if copied == 0:
+            raise _short(position)
+        position += copied
+
+
+def _short(position: int) -> SteerError:
+    return SteerError(
+        f"a source file ends at byte {position}, earlier than its header says",
+        "a whole file",
+        "Download or copy the checkpoint again",
+    )
+
+
+def splice(
+    source: int, target: int, size: int, splices: Sequence[Splice], progress: Callable[[int], None]
+) -> list[Json]:
+    """Copy a file of `size` bytes while rewriting `splices`, in one pass.
+
+    Args:
+        source: descriptor open for reading.
+        target: descriptor of an empty file open for writing.
+        size: bytes of the source.
+        splices: disjoint ranges; what they return comes back in order of `start`.
+        progress: called with the number of bytes that were written.
+    """
+    position, records = 0, []
+    for part in sorted(splices, key=lambda part: part.start):
+        _copy_in_steps(source, target, position, part.start, progress)
+        buffer = read_exactly(source, part.start, part.end)
+        records.append(part.rewrite(buffer))
+        write_all(target, buffer, part.start)
+        progress(part.end - part.start)
+        position = part.end
+    _copy_in_steps(source, target, position, size, progress)
+    return records
+
+
+def _copy_in_steps(source: int, target: int, start: int, end: int, progress: Callable[[int], None]) -> None:
+    for position in range(start, end, STEP):
+        stop = min(position + STEP, end)
+        copy_range(source, target, position, stop)
+        progress(stop - position)
+
+
+def safetensors_header(entries: Mapping[str, tuple[str, tuple[int, ...], int]]) -> bytes:
+    """Return the header of a safetensors file whose tensors follow in the order given.
+
+    Args:
+        entries: name -> (dtype as safetensors spells it, shape, bytes).
+    """
+    described, offset = {}, 0
+    for name, (dtype, shape, size) in entries.items():
+        described[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(described, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
