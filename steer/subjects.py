@@ -1,0 +1,164 @@
+"""Subjects: one line of text for anything that can be run or verified.
+
+    [vllm:]MODEL[+FILE[@COEFFICIENT]]...
+
+    organism:chain
+    organism:chain+short.yaml@-0.5
+    models/qwen3+thinkedit.safetensors+short.yaml
+
+The type of each FILE (steering, patch, adapter) says the form. Paths may contain `+` and `@`: from the left, the
+longest piece that exists on disk is taken as one path, and what follows the last `@` is a coefficient unless a file of
+the whole name exists. Where nothing of the kind exists, `+` and `@` separate.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from steer.errors import SteerError
+
+if TYPE_CHECKING:
+    import torch
+
+    from steer.model import SteerableModel
+    from steer.patches import Patch
+    from steer.steering import Steering
+
+FORM = "[vllm:]MODEL[+FILE[@COEFFICIENT]]..."
+Backend = Literal["hf", "vllm"]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a line of text names.
+
+    Attributes:
+        backend: `hf` or `vllm`.
+        model: hub id, folder, `file.gguf` or `organism:NAME`.
+        changes: (file, coefficient) in the order in which they act.
+    """
+
+    backend: Backend
+    model: str
+    changes: tuple[tuple[Path, float], ...] = ()
+
+    def __str__(self) -> str:
+        changes = "".join(f"+{path}" + (f"@{c!r}" if c != 1 else "") for path, c in self.changes)
+        return f"{'vllm:' if self.backend == 'vllm' else ''}{self.model}{changes}"
+
+
+def parse(text: str) -> Subject:
+    """Read a subject; the disk is only asked which paths exist.
+
+    Raises:
+        SteerError: a part is empty, or a coefficient is no finite number.
+    """
+    backend: Backend = "vllm" if text.startswith("vllm:") else "hf"
+    pieces = text.removeprefix("vllm:").split("+")
+    if not all(piece.strip() for piece in pieces) and not Path(text).exists():
+        raise SteerError(f"the subject {text!r} has an empty part", FORM, "Name the model, then each file after a +")
+    model, rest = _longest(pieces)
+    changes = []
+    while rest:
+        name, rest = _longest(rest)
+        changes.append(_with_coefficient(name, text))
+    return Subject(backend, model, tuple(changes))
+
+
+def _longest(pieces: list[str]) -> tuple[str, list[str]]:
+    """Join as many pieces as still name something on disk; a single piece where none does."""
+    for count in range(len(pieces), 1, -1):
+        name = "+".join(pieces[:count])
+        if Path(name).exists() or (_is_number(name.rpartition("@")[2]) and Path(name.rpartition("@")[0]).is_file()):
+            return name, pieces[count:]
+    return pieces[0], pieces[1:]
+
+
+def _with_coefficient(name: str, text: str) -> tuple[Path, float]:
+    path, at, number = name.rpartition("@")
+    if not at or Path(name).exists() or "/" in number or "\\" in number:
+        return Path(name), 1.0
+    if not path or not _is_number(number) or not math.isfinite(float(number)):
+        raise SteerError(
+            f"the coefficient {number!r} in {text!r} is no finite number",
+            FORM,
+            "Write it as @-0.5 behind the file's name",
+        )
+    return Path(path), float(number)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def load_change(path: Path) -> Steering | Patch:
+    """Read a steering or a patch, whichever the file is.
+
+    Raises:
+        SteerError: no such file, or one that is no change to a model that this version can run.
+    """
+    from steer.artifacts import kind_of
+    from steer.patches import Patch
+    from steer.steering import Steering
+
+    kind = kind_of(path)
+    if kind == "steering":
+        return Steering.load(path)
+    if kind == "patch":
+        return Patch.load(path)
+    remedies = {
+        "adapter": "Adapters cannot be run in this version; use the steering or the patch that the adapter was made from",
+        "direction": "Make a steering of it: Steering((Add(direction, site='attn_out', coefficient=0.05),)).save('name.yaml')",
+        "scores": "Make a patch of it: steer patch thinkedit",
+    }
+    raise SteerError(
+        f"{path} holds a {kind}, which does nothing by itself",
+        "a steering (.yaml) or a patch (.safetensors)",
+        remedies.get(kind, ""),
+    )
+
+
+def open_subject(
+    text: str,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: str | None = None,
+    device_map: str | dict[str, str | int] | None = None,
+    anatomy: str | Path | None = None,
+    self_check: bool = True,
+) -> SteerableModel:
+    """Load the model of a subject and lay its changes on it, in their order.
+
+    Args:
+        text: the subject.
+        dtype, device, device_map, anatomy, self_check: as `steer.load`.
+
+    Returns:
+        A view of the model inside which `generate`, `run` and `capture` see the changes.
+
+    Raises:
+        SteerError: the text, the model or a file cannot be read, or a change does not fit the model.
+    """
+    subject = parse(text)
+    if subject.backend == "vllm":
+        raise SteerError(
+            f"{text!r} asks for vLLM, whose back end is not in this version",
+            "a subject without vllm:",
+            f"Use {str(subject).removeprefix('vllm:')!r}, which runs in transformers",
+        )
+    changes = [(load_change(path), coefficient) for path, coefficient in subject.changes]
+    from steer.model import load
+
+    model = load(
+        subject.model, dtype=dtype, device=device, device_map=device_map, anatomy=anatomy, self_check=self_check
+    )
+    for change, coefficient in changes:
+        model = model.with_(change, coefficient=coefficient)
+    return model

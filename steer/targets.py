@@ -1,0 +1,82 @@
+"""What a change is held against before it runs: a loaded model, or the headers of a checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safetensors import safe_open
+from torch import Tensor
+
+from steer.anatomy.headers import Headers, read_headers
+from steer.anatomy.modules import places
+from steer.anatomy.resolve import Anatomy, resolve
+from steer.form_table import Bias
+from steer.identity import ModelIdentity, shape_id
+
+if TYPE_CHECKING:
+    from steer.model import SteerableModel
+
+PLAIN = ("F64", "F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A model as far as a change needs to know it.
+
+    Attributes:
+        anatomy: its parts and counts.
+        identity: its name and shape; the weights may be unknown.
+        quantised: the method, empty for plain weights.
+        bias: returns the bias of an output projection by (module, layer), None where there is none.
+    """
+
+    anatomy: Anatomy
+    identity: ModelIdentity
+    quantised: str
+    bias: Bias
+
+
+def target_of(model_or_path: SteerableModel | str | Path) -> Target:
+    """Return the target for a loaded model or for a checkpoint folder, of which headers are read.
+
+    Raises:
+        SteerError: there is no such folder, or it holds no checkpoint of a known family.
+    """
+    if isinstance(model_or_path, str | Path):
+        return _of_headers(read_headers(model_or_path))
+    return _of_model(model_or_path)
+
+
+def _of_headers(headers: Headers) -> Target:
+    anatomy = resolve(headers.config, headers.shapes)
+    identity = ModelIdentity(str(headers.folder), anatomy.family, shape_id(anatomy.numbers()))
+    odd = sorted(
+        {headers.tensors[anatomy.disk_name(module, layer)].dtype for module, layer in anatomy.shapes} - set(PLAIN)
+    )
+
+    def bias(module: str, layer: int) -> Tensor | None:
+        if not anatomy.has_bias(module, layer):
+            return None
+        name = anatomy.bias_name(module, layer)
+        with safe_open(headers.folder / headers.tensors[name].file, framework="pt") as file:
+            found: Tensor = file.get_tensor(name)
+        return found
+
+    return Target(anatomy, identity, _method(headers.config) or ", ".join(odd), bias)
+
+
+def _of_model(model: SteerableModel) -> Target:
+    layers = places(model.hf, model.anatomy).layers
+
+    def bias(module: str, layer: int) -> Tensor | None:
+        found = getattr(getattr(layers[layer], module), "bias", None)
+        return found if isinstance(found, Tensor) else None
+
+    return Target(model.anatomy, model.identity, _method(model.hf.config.to_dict()), bias)
+
+
+def _method(config: dict[str, object]) -> str:
+    found = config.get("quantization_config")
+    return str(found.get("quant_method", "unknown method")) if isinstance(found, dict) else ""
