@@ -1,0 +1,154 @@
+"""Records: what a family calls its parts, read from a YAML file and checked (see docs/anatomy.md).
+
+A record names modules and configuration keys; it holds no number of any model. The bundled ones lie in
+`families/`, named after the family; a user's own is given as `anatomy=FILE`.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from steer.errors import SteerError
+
+FAMILIES = Path(__file__).parent / "families"
+MODULES = ("attention_output", "mlp_output", "embedding", "head")
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Contribution(_Strict):
+    """How a projection's output becomes what is added to the residual stream.
+
+    Attributes:
+        kind: `identity` (added as it is), `scale` (times a number) or `norm` (through a norm).
+        key: configuration key of the number, for `scale`.
+        module: path of the norm inside the layer, for `norm`.
+    """
+
+    kind: Literal["identity", "scale", "norm"]
+    key: str = ""
+    module: str = ""
+
+
+def _contribution(value: Any) -> Any:
+    if value == "identity":
+        return {"kind": "identity"}
+    if isinstance(value, dict) and set(value) == {"scale"}:
+        return {"kind": "scale", "key": value["scale"]}
+    if isinstance(value, dict) and set(value) == {"norm"}:
+        return {"kind": "norm", "module": value["norm"]}
+    raise ValueError("a contribution is `identity`, `{scale: CONFIG_KEY}` or `{norm: MODULE}`")
+
+
+Contributes = Annotated[Contribution, BeforeValidator(_contribution)]
+
+
+class Numbers(_Strict):
+    """Configuration keys under which a model's numbers stand."""
+
+    layers: str
+    hidden: str
+    heads: str
+    kv_heads: str
+    tied: str
+
+
+class ModelParts(_Strict):
+    """Paths of modules from the causal language model."""
+
+    backbone: str
+    layers: str
+    embedding: str
+    head: str
+
+
+class LayerParts(_Strict):
+    """Paths of modules from one layer.
+
+    Attributes:
+        attention, mlp: the blocks, whose outputs go towards the residual stream.
+        attention_output, mlp_output: the last projection of each block.
+        before_mlp: the module whose input is the residual stream after attention (`resid_mid`).
+    """
+
+    attention: str
+    attention_output: str
+    mlp: str
+    mlp_output: str
+    before_mlp: str
+
+
+class Disk(_Strict):
+    """Names of tensors in a checkpoint, without `.weight` or `.bias`; `{layer}` stands for the layer's number."""
+
+    attention_output: str
+    mlp_output: str
+    embedding: str
+    head: str
+
+
+class Record(_Strict):
+    """The anatomy of one family.
+
+    Attributes:
+        family: the record's own name.
+        model_types: the `model_type`s of configurations that it describes.
+        numbers, defaults: configuration keys, and what the family's configuration class assumes where one is absent.
+        model, layer: module paths in a loaded model.
+        attention_contribution, mlp_contribution: from `attn_raw` to `attn_out`, from `mlp_raw` to `mlp_out`.
+        mlp_layers: `all` layers have one dense MLP, or `as_found`: some have experts instead.
+        disk: tensor names in a checkpoint.
+    """
+
+    family: str
+    model_types: tuple[str, ...] = Field(min_length=1)
+    numbers: Numbers
+    defaults: dict[str, bool | int | float] = Field(default_factory=dict)
+    model: ModelParts
+    layer: LayerParts
+    attention_contribution: Contributes
+    mlp_contribution: Contributes
+    mlp_layers: Literal["all", "as_found"]
+    disk: Disk
+
+
+def read_record(path: str | Path) -> Record:
+    """Read a record from a YAML file.
+
+    Raises:
+        SteerError: the file is missing, no YAML, or has unknown, missing or unfit keys; every one is named.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise SteerError(f"there is no anatomy record {str(path)!r}", "a YAML file", f"Start from a copy of one of {', '.join(families())} in {FAMILIES.name}/")
+    try:
+        return Record.model_validate(yaml.load(path.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
+    except yaml.YAMLError as error:
+        raise SteerError(f"{path} is no YAML ({error})", "an anatomy record", "See docs/anatomy.md") from error
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, item['loc'])) or 'the file'}: {item['msg']}" for item in error.errors())
+        raise SteerError(f"the anatomy record {path} does not fit: {problems}", "the keys of docs/anatomy.md", "Correct the keys named here") from error
+
+
+def families() -> tuple[str, ...]:
+    """Names of the bundled records."""
+    return tuple(sorted(path.stem for path in FAMILIES.glob("*.yaml")))
+
+
+@cache
+def _by_model_type() -> dict[str, Path]:
+    """Which bundled record describes each `model_type`; a record's file is read only when it is wanted."""
+    return {name: FAMILIES / f"{name}.yaml" for name in families()}
+
+
+def bundled(model_type: str) -> Record | None:
+    """Return the bundled record for a `model_type`, or None."""
+    path = _by_model_type().get(model_type)
+    return None if path is None else read_record(path)
