@@ -1,0 +1,17 @@
+"""Compare models: tasks, evaluation, think policies, organisms, reports."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from steer.lazy import export
+
+if TYPE_CHECKING:
+    from experiments.evaluate import evaluate as evaluate
+
+export(
+    __name__,
+    {
+        "evaluate": "experiments.evaluate",
+    },
+)
