@@ -1,47 +1,25 @@
-"""Steering: an ordered tuple of interventions made for a model, and its file form.
-
-On disk a steering is two files, `name.yaml` for the reader and `name.safetensors` for the vectors. The first may be
-edited by hand (another coefficient, fewer layers); it holds the hash of the second, so the two cannot be mixed up.
-"""
+"""Steering: an ordered tuple of interventions made for a model; its file form is in `steer.steering_file`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import yaml
-
-from steer import artifacts, yaml_text
-from steer.directions import Direction, describe, from_stored
+from steer.anatomy.resolve import Anatomy
+from steer.directions import Direction
 from steer.errors import SteerError
-from steer.files import refuse_existing, write_text
-from steer.identity import ModelIdentity, canonical, check_same, digest, known_keys, mix
+from steer.identity import ModelIdentity, canonical, check_same, digest, mix
 from steer.interventions import Add, Custom, Intervention, ProjectOut, SetComponent, check_coefficient
 
-FORMAT_VERSION = 1
 KINDS: dict[str, type[Add] | type[ProjectOut] | type[SetComponent]] = {
     "add": Add,
     "project_out": ProjectOut,
     "set_component": SetComponent,
 }
 STRENGTH = {Add: "coefficient", ProjectOut: "weight"}
-_KEYS = ("format_version", "kind", "name", "model", "vectors", "interventions")
-
-
-class Numbers(Protocol):
-    """What a steering asks of an anatomy."""
-
-    @property
-    def layers(self) -> int: ...
-    @property
-    def hidden(self) -> int: ...
-    @property
-    def heads(self) -> int: ...
-    @property
-    def head_width(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -104,8 +82,8 @@ class Steering:
 
     def _hash(self, strength: bool) -> str:
         rows = []
-        for intervention in self._savable("has no fingerprint"):
-            row = _as_json(intervention) | {
+        for intervention in self.savable("has no fingerprint"):
+            row = as_json(intervention) | {
                 "direction": intervention.direction.only(intervention.active_layers).fingerprint
             }
             if not strength:
@@ -113,7 +91,15 @@ class Steering:
             rows.append(row)
         return digest([canonical(rows).encode()])
 
-    def _savable(self, otherwise: str) -> list[Add | ProjectOut | SetComponent]:
+    def savable(self, otherwise: str) -> list[Add | ProjectOut | SetComponent]:
+        """Return the interventions where all can be written down.
+
+        Args:
+            otherwise: what follows from a `Custom` function, for the message.
+
+        Raises:
+            SteerError: a `Custom` intervention takes part.
+        """
         savable = [intervention for intervention in self.interventions if not isinstance(intervention, Custom)]
         if len(savable) < len(self.interventions):
             raise SteerError(
@@ -139,7 +125,7 @@ class Steering:
             changed.append(intervention)
         return replace(self, interventions=tuple(changed))
 
-    def check(self, anatomy: Numbers, identity: ModelIdentity | None = None) -> None:
+    def check(self, anatomy: Anatomy, identity: ModelIdentity | None = None) -> None:
         """Refuse a model that the steering does not fit; warn when only its weights differ.
 
         Args:
@@ -160,35 +146,8 @@ class Steering:
             SteerError: another suffix, a file that exists, or a `Custom` intervention.
             OSError: the disk or the permissions refuse.
         """
-        path = _yaml_path(path)
-        vectors = path.with_suffix(".safetensors")
-        for target in (path, vectors):
-            refuse_existing(target, overwrite)
-        directions = list(self.directions)
-        rows = [
-            _as_json(each) | {"direction": directions.index(each.direction)}
-            for each in self._savable("cannot be saved")
-        ]
-        tensors = {str(index): direction.vectors for index, direction in enumerate(directions)}
-        content = {"directions": [{**direction.provenance, **describe(direction)} for direction in directions]}
-        artifacts.write(
-            vectors, "steering", tensors, artifacts.provenance(model=self.model, content=content), overwrite
-        )
-        head = {
-            "format_version": FORMAT_VERSION,
-            "kind": "steering",
-            "name": self.name,
-            "model": None if self.model is None else self.model.to_dict(),
-        }
-        text = yaml.safe_dump(
-            head | {"vectors": artifacts.tensors_id(tensors), "interventions": rows},
-            sort_keys=False,
-            allow_unicode=True,
-            default_flow_style=None,
-            width=120,
-        )
-        write_text(path, text, overwrite)
-        return path
+        saved: Path = import_module("steer.steering_file").save(self, Path(path), overwrite)
+        return saved
 
     @classmethod
     def load(cls, path: str | Path) -> Steering:
@@ -198,33 +157,11 @@ class Steering:
             SteerError: a file is missing, damaged or of another kind or version, holds unknown keys or values out of
                 range, or the two files do not belong together.
         """
-        path = _yaml_path(path)
-        document = yaml_text.load(path)
-        where = f"the steering file {path}"
-        yaml_text.require(document, _KEYS, where)
-        if (document["kind"], document["format_version"]) != ("steering", FORMAT_VERSION):
-            raise SteerError(
-                f"{where} is of kind {document['kind']!r}, version {document['format_version']!r}",
-                f"kind 'steering', version {FORMAT_VERSION}",
-                "Read it with the version of reasoning-steer that wrote it, or make it again",
-            )
-        directions = _stored_directions(path.with_suffix(".safetensors"), document["vectors"])
-        rows = document["interventions"]
-        if not isinstance(rows, list) or not isinstance(document["name"], str):
-            raise SteerError(
-                f"{where} holds no list of interventions, or no name",
-                "a text `name` and a list `interventions`",
-                "Save the steering again",
-            )
-        model = None if document["model"] is None else ModelIdentity.from_dict(document["model"])
-        return cls(
-            tuple(_from_json(row, directions, f"intervention {number} of {where}") for number, row in enumerate(rows)),
-            model,
-            document["name"],
-        )
+        loaded: Steering = import_module("steer.steering_file").load(Path(path))
+        return loaded
 
 
-def _as_json(intervention: Add | ProjectOut | SetComponent) -> dict[str, Any]:
+def as_json(intervention: Add | ProjectOut | SetComponent) -> dict[str, Any]:
     """Return everything but the direction."""
     values = {
         field.name: getattr(intervention, field.name) for field in fields(intervention) if field.name != "direction"
@@ -239,60 +176,7 @@ def _plain(value: object) -> object:
     return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
-def _from_json(row: object, directions: list[Direction], where: str) -> Intervention:
-    kind = row.get("kind") if isinstance(row, Mapping) else None
-    if not isinstance(row, Mapping) or kind not in KINDS:
-        raise SteerError(
-            f"{where} is of the unknown kind {yaml_text.short(kind)}",
-            f"one of {', '.join(KINDS)}",
-            "Correct the spelling",
-        )
-    made = KINDS[kind]
-    allowed = {field.name: field for field in fields(made)}
-    known_keys(row, ("kind", *allowed), where)
-    missing = [name for name, field in allowed.items() if field.default is MISSING and name not in row]
-    if missing:
-        raise SteerError(f"{where} lacks {', '.join(missing)}", "every key without a default", "Add it")
-    number = row["direction"]
-    if type(number) is not int or not 0 <= number < len(directions):
-        raise SteerError(
-            f"{where} names direction {yaml_text.short(number)}",
-            f"a number from 0 to {len(directions) - 1}",
-            "Save the steering again",
-        )
-    values = {name: yaml_text.typed(row[name], name, where) for name in row if name not in ("kind", "direction")}
-    return made(directions[number], **values)
-
-
-def _stored_directions(path: Path, expected: object) -> list[Direction]:
-    stored = artifacts.read(path, "steering")
-    if stored.provenance["tensors_id"] != expected:
-        raise SteerError(
-            f"{path} holds other vectors than its .yaml was saved with",
-            "the pair of files that was saved",
-            "Copy both files together, or save the steering again",
-        )
-    content = stored.provenance["content"]
-    blocks = content.get("directions") if isinstance(content, Mapping) else None
-    if not isinstance(blocks, list) or sorted(stored.tensors, key=int) != [str(index) for index in range(len(blocks))]:
-        raise SteerError(
-            f"{path} does not list its directions", "one block of provenance per tensor", "Save the steering again"
-        )
-    return [from_stored(stored.tensors[str(index)], block, str(path)) for index, block in enumerate(blocks)]
-
-
-def _yaml_path(path: str | Path) -> Path:
-    path = Path(path)
-    if path.suffix not in (".yaml", ".yml"):
-        raise SteerError(
-            f"the name {path.name!r} does not end in .yaml",
-            "the .yaml of a steering",
-            "Its vectors lie beside it in the .safetensors of the same name",
-        )
-    return path
-
-
-def _check_range(intervention: Intervention, anatomy: Numbers) -> None:
+def _check_range(intervention: Intervention, anatomy: Anatomy) -> None:
     what = f"{type(intervention).__name__} at {intervention.site}"
     if intervention.active_layers[-1] >= anatomy.layers:
         raise SteerError(

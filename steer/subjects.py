@@ -128,7 +128,7 @@ def load_change(path: Path) -> Steering | Patch:
 def open_subject(
     text: str,
     *,
-    dtype: torch.dtype | str | None = None,
+    dtype: torch.dtype | None = None,
     device: str | None = None,
     device_map: str | dict[str, str | int] | None = None,
     anatomy: str | Path | None = None,
@@ -138,7 +138,11 @@ def open_subject(
 
     Args:
         text: the subject.
-        dtype, device, device_map, anatomy, self_check: as `steer.load`.
+        dtype: of the weights in memory, as `steer.load`.
+        device: such as "cpu" or "cuda".
+        device_map: of accelerate, instead of `device`.
+        anatomy: a record of the user's own.
+        self_check: whether to prove the anatomy by one short forward.
 
     Returns:
         A view of the model inside which `generate`, `run` and `capture` see the changes.

@@ -14,6 +14,7 @@ from steer.anatomy.modules import places
 from steer.anatomy.resolve import Anatomy, resolve
 from steer.form_table import Bias
 from steer.identity import ModelIdentity, shape_id
+from steer.sources import locate
 
 if TYPE_CHECKING:
     from steer.model import SteerableModel
@@ -39,19 +40,24 @@ class Target:
 
 
 def target_of(model_or_path: SteerableModel | str | Path) -> Target:
-    """Return the target for a loaded model or for a checkpoint folder, of which headers are read.
+    """Return the target for a loaded model or for a checkpoint, of which headers are read.
+
+    Args:
+        model_or_path: a loaded model, a checkpoint folder, or a name that `steer.load` takes.
 
     Raises:
-        SteerError: there is no such folder, or it holds no checkpoint of a known family.
+        SteerError: there is no such checkpoint, or none of a known family.
     """
-    if isinstance(model_or_path, str | Path):
-        return _of_headers(read_headers(model_or_path))
+    if isinstance(model_or_path, str):
+        return _of_headers(read_headers(locate(model_or_path).folder), model_or_path)
+    if isinstance(model_or_path, Path):
+        return _of_headers(read_headers(model_or_path), str(model_or_path))
     return _of_model(model_or_path)
 
 
-def _of_headers(headers: Headers) -> Target:
+def _of_headers(headers: Headers, name: str) -> Target:
     anatomy = resolve(headers.config, headers.shapes)
-    identity = ModelIdentity(str(headers.folder), anatomy.family, shape_id(anatomy.numbers()))
+    identity = ModelIdentity(name, anatomy.family, shape_id(anatomy.numbers()))
     odd = sorted(
         {headers.tensors[anatomy.disk_name(module, layer)].dtype for module, layer in anatomy.shapes} - set(PLAIN)
     )
