@@ -33,7 +33,8 @@ from steer.anatomy.resolve import Anatomy
 from steer.errors import SteerError
 from steer.programs import HeadProgram, Program, Write
 from steer.report import Count, Report, Tick
-from steer.sites import SITES, site as site_named
+from steer.sites import SITES
+from steer.sites import site as site_named
 
 if TYPE_CHECKING:
     from steer.positions import Positions
@@ -276,7 +277,7 @@ class Taps:
         split = (self.anatomy.heads, self.anatomy.head_width)
 
         def per_head(value: Tensor) -> Tensor:
-            return through(value.unflatten(-1, split)).flatten(-2)
+            return through(value.reshape(*value.shape[:-1], *split)).flatten(-2)
 
         return per_head
 

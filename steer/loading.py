@@ -71,7 +71,7 @@ def _weights(source: Source, headers: Headers, dtype: torch.dtype | None, device
 
     if device_map is not None and device is not None:
         raise SteerError("both device and device_map were given", "one of them")
-    hf, info = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         source.folder,
         dtype="auto" if dtype is None else dtype,
         device_map=device_map,
@@ -80,6 +80,7 @@ def _weights(source: Source, headers: Headers, dtype: torch.dtype | None, device
         local_files_only=True,
         output_loading_info=True,
     )
+    hf, info = loaded
     missing = sorted(map(str, info["missing_keys"])) + sorted(str(row[0]) for row in info["mismatched_keys"])
     if missing:
         raise SteerError(

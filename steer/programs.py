@@ -98,9 +98,11 @@ class Program:
                 continue
             width = write.intervention.direction.width
             constant = change(torch.zeros(width, dtype=wide(value.dtype), device=value.device)).clone()
-            if steps and steps[-1].constant is not None and steps[-1].phase == write.phase:
-                constant = steps.pop().constant + constant
-            steps.append(_Step(write.phase, constant, None))
+            before = steps[-1] if steps else None
+            if before is not None and before.constant is not None and before.phase == write.phase:
+                before.constant = before.constant + constant
+            else:
+                steps.append(_Step(write.phase, constant, None))
         return steps
 
 

@@ -122,7 +122,7 @@ def self_check(model: SteerableModel) -> SelfCheck:
     training = model.hf.training
     model.hf.eval()
     try:
-        with model.read(checker, {site: None for site in SITES}):
+        with model.read(checker, dict.fromkeys(SITES)):
             model.backbone(input_ids=ids, use_cache=False)
     finally:
         model.hf.train(training)
