@@ -1,0 +1,164 @@
+"""What a collection is before it runs: recorders that know their model, a plan, and what the summary will say of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from probes.collect.means import HeadMeans, SpanMeans
+from probes.collect.plan import Plan, make_plan
+from probes.collect.recorders import Kept, Layers, Prepared, Recorder
+from probes.collect.summary_file import KIND, describe
+from steer import artifacts
+from steer.errors import SteerError
+from steer.traces import Trace, Traces
+
+if TYPE_CHECKING:
+    from steer.model import SteerableModel
+
+SITES = ("resid_mid", "z")
+SPANS = ("predicts_thinking",)
+BATCH_TOKENS = 8192
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What shapes a summary; the arguments of `collect` under the same names."""
+
+    sites: Sequence[str] = SITES
+    spans: Sequence[str] = SPANS
+    layers: Sequence[int] | None = None
+    keep: str = "trace"
+    groups: Mapping[str, str] | None = None
+    recorders: Sequence[Recorder] | None = None
+    dtype: str = "float32"
+    batch_tokens: int = BATCH_TOKENS
+    max_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.keep not in ("trace", "group") or self.dtype not in DTYPES or self.batch_tokens < 1:
+            raise SteerError(
+                f"keep={self.keep!r}, dtype={self.dtype!r} and batch_tokens={self.batch_tokens} were asked for",
+                f"keep trace or group, a dtype among {', '.join(DTYPES)}, at least one token",
+            )
+
+    def chosen_recorders(self) -> tuple[Recorder, ...]:
+        """Return the recorders: those given, else `SpanMeans` for the sites but `z`, and `HeadMeans` for `z`.
+
+        Raises:
+            SteerError: there is none.
+        """
+        if self.recorders is not None:
+            found = list(self.recorders)
+        else:
+            plain = tuple(site for site in dict.fromkeys(self.sites) if site != "z")
+            spans = tuple(dict.fromkeys(self.spans))
+            found = [SpanMeans(plain, spans)] if plain else []
+            found += [HeadMeans(spans)] if "z" in self.sites else []
+        if not found:
+            raise SteerError(
+                "nothing is to be recorded", "at least one site or recorder", "Name a site, such as --sites resid_mid"
+            )
+        return tuple(found)
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """A collection that is ready to run.
+
+    Attributes:
+        model: that will read.
+        prepared: its recorders.
+        plan: its traces.
+        meta: what `summary.yaml` will hold, without the shards.
+        options: as given.
+    """
+
+    model: SteerableModel
+    prepared: tuple[Prepared, ...]
+    plan: Plan
+    meta: dict[str, Any]
+    options: Options
+
+
+def prepare(model: SteerableModel, traces: Traces | Iterable[Trace], options: Options) -> Job:
+    """Return the job of reading `traces`; errors as `probes.collect`."""
+    known = _known(model, traces)
+    recorders = options.chosen_recorders()
+    layers = _layers(model, options.layers)
+    prepared = tuple(recorder.prepare(model, layers) for recorder in recorders)
+    keeps = _keeps(prepared)
+    spans = tuple(dict.fromkeys(span for one in prepared for span in one.spans))
+    plan = make_plan(
+        model,
+        known,
+        spans,
+        keeps,
+        dtype=DTYPES[options.dtype],
+        groups=_labels(known, options),
+        max_tokens=options.max_tokens,
+    )
+    meta = {
+        "format_version": artifacts.FORMAT_VERSION,
+        "kind": KIND,
+        "code_version": artifacts.code_version(),
+        "model": model.identity.to_dict(),
+        "changes": list(model.change_ids),
+        "traces": _counted(plan, options.max_tokens),
+        "recorders": [{"name": recorder.name, **recorder.options()} for recorder in recorders],
+        "layers": list(layers),
+        "keep": options.keep,
+        "dtype": options.dtype,
+        "batch_tokens": options.batch_tokens,
+        "plan_bytes": plan.plan_bytes,
+        "quantities": {name: describe(kept) for name, kept in keeps.items()},
+    }
+    return Job(model, prepared, plan, meta, options)
+
+
+def _labels(traces: Sequence[Trace], options: Options) -> Mapping[str, str] | None:
+    if options.keep == "trace":
+        return None
+    if options.groups is not None:
+        return options.groups
+    return {trace.id: trace.group for trace in traces if trace.group is not None}
+
+
+def _keeps(prepared: Sequence[Prepared]) -> dict[str, Kept]:
+    keeps: dict[str, Kept] = {}
+    for one in prepared:
+        twice = sorted(set(keeps) & set(one.keeps))
+        if twice:
+            raise SteerError(f"two recorders keep {twice[0]}", "each quantity once", "Leave one of them out")
+        keeps.update(one.keeps)
+    return keeps
+
+
+def _known(model: SteerableModel, traces: Traces | Iterable[Trace]) -> list[Trace]:
+    if isinstance(traces, Traces):
+        traces.require_some().require_tokenizer(model.identity.tokenizer_id, "the run")
+    return list(traces)
+
+
+def _counted(made: Plan, max_tokens: int | None) -> dict[str, Any]:
+    counts = {"hash": made.traces_hash, "given": made.given, "read": len(made.traces), "tokens": made.tokens}
+    return counts | {
+        "dropped": dict(made.dropped),
+        "unclosed": made.unclosed,
+        "truncated": made.truncated,
+        "max_tokens": max_tokens,
+    }
+
+
+def _layers(model: SteerableModel, layers: Sequence[int] | None) -> Layers:
+    count = model.anatomy.layers
+    found = tuple(range(count)) if layers is None else tuple(sorted(set(layers)))
+    if not found or found[0] < 0 or found[-1] >= count:
+        raise SteerError(
+            f"layers {list(found)} were asked for", f"layers among 0 to {count - 1}", "See `steer inspect MODEL`"
+        )
+    return found

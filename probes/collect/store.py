@@ -1,0 +1,117 @@
+"""One shard of a summary: its rows and tensors, in a safetensors file or in memory, behind one interface."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from probes.collect.rows import Row, parse_rows
+from steer import artifacts
+from steer.errors import SteerError
+
+
+class ShardStore(Protocol):
+    """Rows and tensors of a shard."""
+
+    @property
+    def file(self) -> str:
+        """Name of its file in the summary's folder."""
+        ...
+
+    @property
+    def tensors_id(self) -> str:
+        """Hash of its tensors."""
+        ...
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """One per row of every tensor."""
+        ...
+
+    def tensor(self, name: str, axis: Sequence[int] | None = None) -> Tensor:
+        """Return a quantity, (row, *shape); `axis` picks places on the first axis of the shape."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class MemoryShard:
+    """A shard in memory."""
+
+    file: str
+    rows: tuple[Row, ...]
+    tensors: Mapping[str, Tensor]
+
+    @cached_property
+    def tensors_id(self) -> str:
+        """Hash of its tensors."""
+        return artifacts.tensors_id(self.tensors)
+
+    def tensor(self, name: str, axis: Sequence[int] | None = None) -> Tensor:
+        """Return a quantity, (row, *shape); `axis` picks places on the first axis of the shape."""
+        whole = self.tensors[name]
+        return whole if axis is None else whole[:, list(axis)]
+
+
+@dataclass(frozen=True, eq=False)
+class FileShard:
+    """A shard in a file, read when asked."""
+
+    path: Path
+    tensors_id: str
+
+    @property
+    def file(self) -> str:
+        """Name of the file."""
+        return self.path.name
+
+    @cached_property
+    def rows(self) -> tuple[Row, ...]:
+        """The rows in the file's header.
+
+        Raises:
+            SteerError: no such file, a damaged one, or not the one that was listed.
+        """
+        block = artifacts.read_block(self.path)
+        if block["kind"] != "summary" or block["tensors_id"] != self.tensors_id:
+            raise SteerError(
+                f"{self.path} is not the shard that the summary lists",
+                "the file that was written with it",
+                "Collect again, or copy the whole folder",
+            )
+        return parse_rows((block["content"] or {}).get("rows"), str(self.path))
+
+    def tensor(self, name: str, axis: Sequence[int] | None = None) -> Tensor:
+        """Return a quantity, (row, *shape); `axis` picks places on the first axis of the shape.
+
+        Raises:
+            SteerError: the file lacks it.
+        """
+        if not self.path.is_file():
+            raise SteerError(
+                f"there is no file {self.path}", "every shard of the summary", "Copy the whole folder, or collect again"
+            )
+        with safe_open(self.path, framework="pt") as opened:
+            if name not in opened.keys():  # noqa: SIM118 - a handle, not a mapping
+                raise SteerError(f"{self.path} has no tensor {name}", "the shard that was written", "Collect again")
+            if axis is None:
+                whole: Tensor = opened.get_tensor(name).clone()
+                return whole
+            part = opened.get_slice(name)
+            return torch.cat([part[:, place : place + 1].clone() for place in axis], dim=1)
+
+
+def write_shard(
+    path: Path, rows: Sequence[Row], tensors: Mapping[str, Tensor], provenance: Mapping[str, Any]
+) -> FileShard:
+    """Write a shard whole or not at all; errors as `steer.artifacts.write`."""
+    artifacts.write(
+        path, "summary", tensors, {**provenance, "content": {"rows": [row.to_dict() for row in rows]}}, overwrite=True
+    )
+    return FileShard(path, artifacts.tensors_id(tensors))

@@ -1,0 +1,234 @@
+"""What a collection leaves behind: one safetensors file a shard and `summary.yaml`, or the same in memory.
+
+Rows are traces (`keep="trace"`) or groups of traces (`keep="group"`). Everything that probes compute is linear in the
+rows, so there is one way to read them: `combine`, which streams over shards in their order and sums in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor
+
+from probes.collect.recorders import Kept, Layers
+from probes.collect.rows import Row
+from probes.collect.store import ShardStore
+from probes.collect.summary_file import FILE, open_shard, parse_kept, read_meta, text_of
+from steer.errors import SteerError
+from steer.files import write_text
+from steer.identity import ModelIdentity, check_same
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
+
+
+@dataclass(frozen=True, eq=False)
+class Summary:
+    """Means (or counts) per trace or group, with what is known of each.
+
+    Attributes:
+        meta: the content of `summary.yaml`, without the list of shards.
+        shards: in order; each reads its tensors when asked.
+        folder: where it lies; None in memory.
+    """
+
+    meta: Mapping[str, Any]
+    shards: Sequence[ShardStore] = field(repr=False)
+    folder: Path | None = None
+
+    @property
+    def model(self) -> ModelIdentity:
+        """The model that was read."""
+        return ModelIdentity.from_dict(self.meta["model"])
+
+    @property
+    def layers(self) -> Layers:
+        """Layers that were read."""
+        return tuple(self.meta["layers"])
+
+    @property
+    def keep(self) -> str:
+        """Whether rows are traces or groups: "trace" or "group"."""
+        return str(self.meta["keep"])
+
+    @property
+    def data_hash(self) -> str:
+        """Hash of the traces it was made from."""
+        return str(self.meta["traces"]["hash"])
+
+    @cached_property
+    def quantities(self) -> dict[str, Kept]:
+        """What was kept, by name, such as `resid_mid/predicts_thinking`."""
+        return {name: parse_kept(stored) for name, stored in self.meta["quantities"].items()}
+
+    @cached_property
+    def rows(self) -> tuple[Row, ...]:
+        """The rows of every tensor, in order: traces by shard, or groups by label."""
+        parts = [row for shard in self.shards for row in shard.rows]
+        if self.keep == "trace":
+            return tuple(parts)
+        return tuple(_joined([row for row in parts if row.id == label]) for label in sorted({row.id for row in parts}))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __repr__(self) -> str:
+        return f"Summary({len(self)} {self.keep}s, layers={len(self.layers)}, {', '.join(self.quantities)}, model={self.model.name!r})"
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><td>{name}</td><td>{'x'.join(map(str, kept.shape))}</td></tr>"
+            for name, kept in self.quantities.items()
+        )
+        return f"<p>Summary of {len(self)} {self.keep}s of {self.model.name}</p><table><tr><th>kept</th><th>shape of a row</th></tr>{rows}</table>"
+
+    def kept(self, name: str) -> Kept:
+        """Return what is kept under `name`.
+
+        Raises:
+            SteerError: nothing is.
+        """
+        if name not in self.quantities:
+            site, _, span = name.partition("/")
+            raise SteerError(
+                f"the summary has no {name}",
+                f"one of {', '.join(self.quantities)}",
+                f"Collect again with --sites {site} --spans '{span}', or choose among what is there",
+            )
+        return self.quantities[name]
+
+    def present(self, name: str) -> list[bool]:
+        """Return for every row whether it has a value of `name` (its span has positions)."""
+        span = self.kept(name).span
+        return [span is None or row.positions[span] > 0 for row in self.rows]
+
+    def combine(
+        self, name: str, weights: Float64[Tensor, "combination row"], layers: Layers | None = None
+    ) -> Float64[Tensor, "combination layer *width"]:
+        """Return weighted sums of the rows, in float64, summed in shard order.
+
+        Args:
+            name: of a quantity.
+            weights: one row of weights per wanted sum; rows without a value are zero whatever their weight.
+            layers: some of the quantity's layers; None: all.
+
+        Raises:
+            SteerError: unknown quantity or layer.
+        """
+        kept = self.kept(name)
+        axis = None if layers is None else _axis(kept, layers, name)
+        total: Tensor | None = None
+        for start, values in self._blocks(name, axis):
+            part = torch.einsum("kr,r...->k...", weights[:, start : start + len(values)].double(), values)
+            total = part if total is None else total + part
+        if total is None:
+            raise SteerError("the summary has no rows", "at least one trace", "Collect again")
+        return total
+
+    def values(self, name: str, layers: Layers | None = None) -> Float[Tensor, "row *shape"]:
+        """Return all rows of a quantity in memory, in float64; for large summaries use `combine`."""
+        axis = None if layers is None else _axis(self.kept(name), layers, name)
+        self.kept(name)
+        return torch.cat([values for _, values in self._blocks(name, axis)])
+
+    def _blocks(self, name: str, axis: Sequence[int] | None) -> Iterator[tuple[int, Tensor]]:
+        """Yield (first row, values in float64): shards, or all groups at once."""
+        if self.keep == "trace":
+            start = 0
+            for shard in self.shards:
+                values = shard.tensor(name, axis).double()
+                yield start, values
+                start += len(values)
+            return
+        places = {row.id: index for index, row in enumerate(self.rows)}
+        total: Tensor | None = None
+        for shard in self.shards:
+            values = shard.tensor(name, axis)
+            total = values.new_zeros(len(places), *values.shape[1:]) if total is None else total
+            total.index_add_(0, torch.tensor([places[row.id] for row in shard.rows]), values)
+        if total is not None:
+            yield 0, self._divided(name, total)
+
+    def _divided(self, name: str, total: Tensor) -> Tensor:
+        kept = self.kept(name)
+        if kept.reduce == "sum":
+            return total
+        counts = [row.traces if kept.span is None else row.positions[kept.span] for row in self.rows]
+        return total / torch.tensor(counts, dtype=torch.float64).clamp(min=1).reshape(-1, *[1] * (total.dim() - 1))
+
+    def check_model(self, model: ModelIdentity) -> None:
+        """Refuse a model of another shape; warn of other weights; errors as `steer.identity.check_same`."""
+        check_same(self.model, model, f"the summary {self.folder or 'in memory'}")
+
+    def frame(self) -> DataFrame:
+        """Return the rows as a pandas table, one column per field and span."""
+        from pandas import DataFrame
+
+        plain = [row.to_dict() for row in self.rows]
+        return DataFrame(
+            [
+                {key: value for key, value in row.items() if key != "positions"}
+                | {f"positions {span}": n for span, n in row["positions"].items()}
+                for row in plain
+            ]
+        )
+
+    def plot(self) -> Figure:
+        """Return a histogram of the lengths of thought."""
+        from probes.plots import length_histogram
+
+        return length_histogram(self)
+
+    def finish(self, folder: Path) -> Summary:
+        """Write `summary.yaml`, last of all, and return the summary that reads from `folder`."""
+        write_text(folder / FILE, text_of(self.meta, self.shards), overwrite=True)
+        return Summary(self.meta, self.shards, folder)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Summary:
+        """Read `summary.yaml`; tensors are read when asked for.
+
+        Raises:
+            SteerError: no such folder, an unfinished or damaged one, unknown version or keys, a missing shard.
+        """
+        folder = Path(folder)
+        path = folder / FILE
+        if not folder.is_dir():
+            raise SteerError(f"there is no folder {folder}", "a summary written by `steer collect`", "Check the path")
+        if not path.is_file():
+            begun = (folder / "journal").is_dir()
+            raise SteerError(
+                f"{folder} has no {FILE}" + (", the collection was not finished" if begun else ""),
+                "a finished summary",
+                "Run `steer collect … --resume`" if begun else "Make one with `steer collect`",
+            )
+        meta = read_meta(path)
+        shards = [open_shard(folder, entry) for entry in meta.pop("shards")]
+        return cls(meta, shards, folder)
+
+
+def _joined(rows: Sequence[Row]) -> Row:
+    spans = rows[0].positions
+    return Row(
+        rows[0].id, {span: sum(row.positions[span] for row in rows) for span in spans}, sum(row.traces for row in rows)
+    )
+
+
+def _axis(kept: Kept, layers: Layers, name: str) -> list[int]:
+    if kept.layers is None:
+        raise SteerError(f"{name} is not kept per layer", "a quantity with layers", "Leave `layers` out")
+    missing = [layer for layer in layers if layer not in kept.layers]
+    if missing:
+        raise SteerError(
+            f"the summary has no layer {missing[0]} of {name}",
+            f"layers among {list(kept.layers)}",
+            "Collect again with that layer",
+        )
+    return [kept.layers.index(layer) for layer in layers]
