@@ -6,7 +6,6 @@ import inspect
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -80,10 +79,9 @@ class Reply:
         return run
 
 
-@cache
-def _keeps_last(kind: type) -> bool:
+def _keeps_last(kind: Any) -> bool:
     """Whether a model class can return the logits of the last position alone."""
-    return "logits_to_keep" in inspect.signature(kind.forward).parameters  # type: ignore[attr-defined]
+    return "logits_to_keep" in inspect.signature(kind.forward).parameters
 
 
 class Batch:
@@ -104,13 +102,18 @@ class Batch:
         order = {item: row for row, item in enumerate(prompts)}
         longest = max(len(prompt.token_ids) for prompt in prompts.values())
         ids = torch.zeros(len(prompts), longest, dtype=torch.long)
-        self.mask: Bool[Tensor, "batch column"] = torch.zeros(len(prompts), longest, dtype=torch.bool, device=model.device)
+        self.mask: Bool[Tensor, "batch column"] = torch.zeros(
+            len(prompts), longest, dtype=torch.bool, device=model.device
+        )
         for row, prompt in enumerate(prompts.values()):
             ids[row, longest - len(prompt.token_ids) :] = torch.tensor(prompt.token_ids)
             self.mask[row, longest - len(prompt.token_ids) :] = True
         starts = [prompt.generation_prompt_start for prompt in prompts.values()]
-        self.positions = Positions(model.marks, [len(prompt.token_ids) for prompt in prompts.values()], starts, model.device)
+        self.positions = Positions(
+            model.marks, [len(prompt.token_ids) for prompt in prompts.values()], starts, model.device
+        )
         self.cache = RowCache()
+        self.last = {"logits_to_keep": 1} if _keeps_last(type(model.hf)) else {}
         self.logits: Float[Tensor, "batch vocab"] = self._forward(ids.to(model.device))
         if len(prompts) < len(self.replies):
             self._take(torch.tensor([order[reply.prompt.id] for reply in self.replies], device=model.device), 0)
@@ -121,9 +124,15 @@ class Batch:
     def _forward(self, ids: Int[Tensor, "batch token"]) -> Float[Tensor, "batch vocab"]:
         hf = self.model.hf
         place = (self.mask.long().cumsum(1) - 1).clamp_(min=0)[:, -ids.shape[1] :]
-        last = {"logits_to_keep": 1} if _keeps_last(type(hf)) else {}
         with self.model.at(self.positions):
-            out = hf(input_ids=ids, attention_mask=self.mask, position_ids=place, past_key_values=self.cache, use_cache=True, **last)
+            out = hf(
+                input_ids=ids,
+                attention_mask=self.mask,
+                position_ids=place,
+                past_key_values=self.cache,
+                use_cache=True,
+                **self.last,
+            )
         logits: Tensor = out.logits[:, -1]
         return logits.to(self.model.device)
 
@@ -158,14 +167,19 @@ class Batch:
 
     def uniform(self) -> Float[Tensor, " batch"]:
         """Each row's random number for its next token; 0 for rows that have ended."""
-        numbers = [float(reply.uniforms[len(reply.tokens)]) if len(reply.tokens) < len(reply.uniforms) else 0.0 for reply in self.replies]
+        numbers = [
+            float(reply.uniforms[len(reply.tokens)]) if len(reply.tokens) < len(reply.uniforms) else 0.0
+            for reply in self.replies
+        ]
         return torch.tensor(numbers, dtype=torch.float64, device=self.logits.device)
 
     def policy_rows(self) -> PolicyRows:
         """What a think policy sees."""
         state, device = self.positions.state, self.logits.device
         states = state.current()
-        thinking = torch.where(states == State.THINKING, state.count - state.thought_start, torch.zeros_like(state.count))
+        thinking = torch.where(
+            states == State.THINKING, state.count - state.thought_start, torch.zeros_like(state.count)
+        )
         recent = torch.full((len(self), REMEMBERED), -1, dtype=torch.long)
         for row, reply in enumerate(self.replies):
             last = ((*reply.rendered.token_ids[-REMEMBERED:], *reply.tokens))[-REMEMBERED:]

@@ -82,11 +82,19 @@ def as_prompts(prompts: Sequence[Content | Prompt]) -> list[Prompt]:
         raise SteerError("there are no prompts", "at least one")
     if isinstance(prompts, str):
         raise SteerError("a single text was given for a list of prompts", "a list", "Write [prompt]")
-    named = [content if isinstance(content, Prompt) else Prompt(f"{number:05d}", content) for number, content in enumerate(prompts)]
+    named = [
+        content if isinstance(content, Prompt) else Prompt(f"{number:05d}", content)
+        for number, content in enumerate(prompts)
+    ]
     for prompt in named:
-        messages = not isinstance(prompt.content, str) and all(isinstance(message, Mapping) for message in prompt.content)
+        messages = not isinstance(prompt.content, str) and all(
+            isinstance(message, Mapping) for message in prompt.content
+        )
         if not isinstance(prompt.content, str) and not (messages and prompt.content):
-            raise SteerError(f"prompt {prompt.id} is {str(prompt.content)[:60]!r}", "text, or a list of messages with role and content")
+            raise SteerError(
+                f"prompt {prompt.id} is {str(prompt.content)[:60]!r}",
+                "text, or a list of messages with role and content",
+            )
     return named
 
 
@@ -126,8 +134,21 @@ def generate(
     counter = _Counter(len(named) * samples, progress)
     traces: list[Trace] = []
     for shard in shards:
-        traces += _shard(model, [named[item] for item in shard.ids], sampling, samples, policy, seed, batch_size, thinking, counter, on_token)
-    meta = run_meta(model, sampling=sampling, samples=samples, policy=policy, seed=seed, batch_size=batch_size, thinking=thinking)
+        traces += _shard(
+            model,
+            [named[item] for item in shard.ids],
+            sampling,
+            samples,
+            policy,
+            seed,
+            batch_size,
+            thinking,
+            counter,
+            on_token,
+        )
+    meta = run_meta(
+        model, sampling=sampling, samples=samples, policy=policy, seed=seed, batch_size=batch_size, thinking=thinking
+    )
     return Traces(traces, meta, tokenizer=model.tokenizer)
 
 
@@ -152,7 +173,16 @@ def generate_shard(
     return _shard(model, prompts, sampling, samples, policy, seed, batch_size, thinking, counter, on_token)
 
 
-def run_meta(model: Any, *, sampling: Sampling, samples: int, policy: Policy | None, seed: int, batch_size: int, thinking: bool | None) -> dict[str, Any]:
+def run_meta(
+    model: Any,
+    *,
+    sampling: Sampling,
+    samples: int,
+    policy: Policy | None,
+    seed: int,
+    batch_size: int,
+    thinking: bool | None,
+) -> dict[str, Any]:
     """What `run.yaml` says about a generation: every option that its traces depend on."""
     identity = getattr(model, "identity", None)
     return {
@@ -185,7 +215,9 @@ def _shard(
     check_policy(policy, model.marks)
     rendered = {prompt.id: render(model.tokenizer, prompt.content, thinking, model.marks) for prompt in prompts}
     replies = [
-        _reply(model, prompt, rendered[prompt.id], sample, sampling, seed) for prompt in sorted(prompts, key=lambda prompt: prompt.id) for sample in range(samples)
+        _reply(model, prompt, rendered[prompt.id], sample, sampling, seed)
+        for prompt in sorted(prompts, key=lambda prompt: prompt.id)
+        for sample in range(samples)
     ]
     with torch.no_grad(), model.active():
         _decode(model, replies, sampling, policy, batch_size, counter, on_token)
@@ -197,9 +229,18 @@ def _reply(model: Decodable, prompt: Prompt, rendered: Rendered, sample: int, sa
     room = getattr(model.hf.config.get_text_config(), "max_position_embeddings", None)
     limit = sampling.max_new_tokens if room is None else min(sampling.max_new_tokens, int(room) - length)
     if limit < 1:
-        raise SteerError(f"prompt {prompt.id} has {length} tokens", f"fewer than the {room} that this model reads", "Shorten the prompt")
+        raise SteerError(
+            f"prompt {prompt.id} has {length} tokens",
+            f"fewer than the {room} that this model reads",
+            "Shorten the prompt",
+        )
     if limit < sampling.max_new_tokens:
-        logger.warning("prompt %s leaves room for %d new tokens, fewer than the %d asked for.", prompt.id, limit, sampling.max_new_tokens)
+        logger.warning(
+            "prompt %s leaves room for %d new tokens, fewer than the %d asked for.",
+            prompt.id,
+            limit,
+            sampling.max_new_tokens,
+        )
     numbers = uniforms(seed, prompt.id, sample, limit) if sampling.temperature > 0 else np.zeros(0)
     return Reply(prompt, rendered, sample, limit, numbers)
 
@@ -282,7 +323,9 @@ def _next_tokens(batch: Batch, sampling: Sampling, policy: Policy | None) -> Int
     return torch.where(stop, -1, tokens)
 
 
-def _write(batch: Batch, tokens: Int[Tensor, " batch"], ends: frozenset[int], counter: _Counter, on_token: OnToken | None) -> None:
+def _write(
+    batch: Batch, tokens: Int[Tensor, " batch"], ends: frozenset[int], counter: _Counter, on_token: OnToken | None
+) -> None:
     """Append the tokens to the replies that still run, and end those that are done."""
     written = done = 0
     for reply, token in zip(batch.replies, tokens.tolist(), strict=True):

@@ -17,18 +17,20 @@ from transformers.cache_utils import Cache, DynamicLayer
 _STEP = 64
 
 
-class GrowingLayer(DynamicLayer):  # type: ignore[misc]
+class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     """Keys and values of one layer, (row, head, column, width), in buffers with room to the right."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.length = 0
         self.buffers: list[Tensor] = []
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take dtype and device from the first states."""
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.buffers = [states.new_empty(*states.shape[:2], 0, states.shape[3]) for states in (key_states, value_states)]
+        self.buffers = [
+            states.new_empty(*states.shape[:2], 0, states.shape[3]) for states in (key_states, value_states)
+        ]
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -60,7 +62,7 @@ def _resized(columns: Tensor, capacity: int) -> Tensor:
     return grown
 
 
-class RowCache(Cache):  # type: ignore[misc]
+class RowCache(Cache):
     """A cache of `GrowingLayer`s."""
 
     def __init__(self) -> None:
@@ -82,7 +84,9 @@ class RowCache(Cache):  # type: ignore[misc]
             joined = []
             for first, second in zip(layer.buffers, added.buffers, strict=True):
                 rows, more = first.shape[0], second.shape[0]
-                whole = torch.zeros(rows + more, first.shape[1], length, first.shape[3], dtype=first.dtype, device=first.device)
+                whole = torch.zeros(
+                    rows + more, first.shape[1], length, first.shape[3], dtype=first.dtype, device=first.device
+                )
                 whole[:rows, :, length - layer.length :] = first[:, :, : layer.length]
                 whole[rows:, :, length - added.length :] = second[:, :, : added.length]
                 joined.append(whole)

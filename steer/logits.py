@@ -19,7 +19,8 @@ def kl(p_logits: Float[Tensor, "*place vocab"], q_logits: Float[Tensor, "*place 
     """KL(p ‖ q) = Σ p (log p − log q) in nats, per place; infinite where q excludes what p allows.
 
     Args:
-        p_logits, q_logits: of the reference and of the changed model; -inf excludes a token.
+        p_logits: of the reference; -inf excludes a token.
+        q_logits: of the changed model.
 
     Raises:
         ValueError: the shapes differ.
@@ -76,4 +77,6 @@ def agreement(first: Float[Tensor, "*place vocab"], second: Float[Tensor, "*plac
     a, b = first.to(wide), second.to(wide)
     difference = torch.where(a == b, torch.zeros_like(a), a - b)  # Two infinities are equal.
     same = (a.argmax(-1) == b.argmax(-1)).double().mean()
-    return LogitAgreement(float(difference.abs().max()), float(divergence.double().mean()), float(same), divergence.numel())
+    return LogitAgreement(
+        float(difference.abs().max()), float(divergence.double().mean()), float(same), divergence.numel()
+    )

@@ -52,9 +52,14 @@ class Marks:
             raise SteerError(f"a mark is empty or has a negative token id in {self}", "one or more token ids per mark")
         both = sorted(set(self.opening) & set(self.closing))
         if both:
-            raise SteerError(f"the token ids {list(both[0])} both open and close a thought", "different marks for the two")
+            raise SteerError(
+                f"the token ids {list(both[0])} both open and close a thought", "different marks for the two"
+            )
         if bool(self.opening) != bool(self.closing):
-            raise SteerError("marks are given for one side of the thinking only", "at least one opening and one closing mark, or none at all")
+            raise SteerError(
+                "marks are given for one side of the thinking only",
+                "at least one opening and one closing mark, or none at all",
+            )
 
     @property
     def exist(self) -> bool:
@@ -83,7 +88,9 @@ class Marks:
     def from_tokenizer(cls, tokenizer: Any) -> Marks:
         """The marks that this Hugging Face tokenizer knows as tokens; `Marks()` if it knows none."""
         known: Mapping[str, int] = tokenizer.get_vocab()
-        pairs = [(known[opening], known[closing]) for opening, closing in PAIRS if opening in known and closing in known]
+        pairs = [
+            (known[opening], known[closing]) for opening, closing in PAIRS if opening in known and closing in known
+        ]
         marks_open: list[Ids] = [(opening,) for opening, _ in pairs]
         marks_close: list[Ids] = [(closing,) for _, closing in pairs]
         if all(name in known for name in HARMONY):
@@ -95,7 +102,11 @@ class Marks:
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, as they stand in run.yaml."""
         turn = None if self.turn_start is None else list(self.turn_start)
-        return {"opening": [list(mark) for mark in self.opening], "closing": [list(mark) for mark in self.closing], "turn_start": turn}
+        return {
+            "opening": [list(mark) for mark in self.opening],
+            "closing": [list(mark) for mark in self.closing],
+            "turn_start": turn,
+        }
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Marks:
@@ -108,4 +119,8 @@ class Marks:
         if unknown:
             raise SteerError(f"marks have the unknown key {unknown[0]!r}", "opening, closing, turn_start")
         turn = plain.get("turn_start")
-        return cls(tuple(map(tuple, plain.get("opening", ()))), tuple(map(tuple, plain.get("closing", ()))), None if turn is None else tuple(turn))
+        return cls(
+            tuple(map(tuple, plain.get("opening", ()))),
+            tuple(map(tuple, plain.get("closing", ()))),
+            None if turn is None else tuple(turn),
+        )

@@ -27,7 +27,20 @@ from torch import Tensor
 from steer.errors import SteerError
 from steer.marks import Marks
 
-__all__ = ["MARKED", "PHASES", "Event", "Marks", "PhaseState", "State", "advance", "begin", "check_phase", "find_events", "phase_mask", "states_of"]
+__all__ = [
+    "MARKED",
+    "PHASES",
+    "Event",
+    "Marks",
+    "PhaseState",
+    "State",
+    "advance",
+    "begin",
+    "check_phase",
+    "find_events",
+    "phase_mask",
+    "states_of",
+]
 
 PHASES = ("all", "prompt", "opening", "generated", "thinking", "answer")
 MARKED = ("opening", "thinking", "answer")
@@ -82,7 +95,12 @@ class PhaseState:
 
     def join(self, other: PhaseState) -> PhaseState:
         """Put the rows of `other` behind these."""
-        return PhaseState(**{name: torch.cat([value, getattr(other, name).to(value.device)]) for name, value in self._tensors().items()})
+        return PhaseState(
+            **{
+                name: torch.cat([value, getattr(other, name).to(value.device)])
+                for name, value in self._tensors().items()
+            }
+        )
 
     def to(self, device: torch.device) -> PhaseState:
         """The same rows on another device."""
@@ -94,7 +112,9 @@ class PhaseState:
         return torch.where(self.count > 0, states, torch.full_like(states, State.PADDING))
 
 
-def begin(marks: Marks, prompt_lengths: Sequence[int], marks_from: Sequence[int], device: torch.device | str | None = None) -> PhaseState:
+def begin(
+    marks: Marks, prompt_lengths: Sequence[int], marks_from: Sequence[int], device: torch.device | str | None = None
+) -> PhaseState:
     """The state of rows that have read nothing.
 
     Args:
@@ -186,10 +206,9 @@ def _states(index: Tensor, opening: Tensor, closing: Tensor, prompt_length: Tens
 
 def _thought_start(state: PhaseState, kind: Tensor, start: Tensor, index: Tensor, last_closing: Tensor) -> Tensor:
     """The first opening after the last closing began the thought; an opening inside a thought does not restart it."""
-    never = torch.iinfo(start.dtype).max
     later = (kind == OPENS) & (index > last_closing[:, None])
-    first = torch.where(later, start, never).amin(1)
-    fresh = torch.where(first == never, -1, first)
+    first = later.to(torch.uint8).argmax(1, keepdim=True)
+    fresh = torch.where(later.any(1), start.gather(1, first)[:, 0], -1)
     return torch.where((state.thought_start >= 0) & (last_closing == state.last_closing), state.thought_start, fresh)
 
 
@@ -209,8 +228,15 @@ def find_events(token_ids: Sequence[int], marks: Marks, marks_from: int = 0) -> 
     ids = torch.tensor([list(token_ids)], dtype=torch.long)
     state = begin(marks, [1], [marks_from])
     index = torch.arange(ids.shape[1])[None]
-    kind, length = (value[0].tolist() for value in _match(state.tail, marks, ids, index, state.marks_from, torch.ones_like(ids, dtype=torch.bool)))
-    return [Event(which == OPENS, end - size + 1, end) for end, (which, size) in enumerate(zip(kind, length, strict=True)) if which != NONE]
+    kind, length = (
+        value[0].tolist()
+        for value in _match(state.tail, marks, ids, index, state.marks_from, torch.ones_like(ids, dtype=torch.bool))
+    )
+    return [
+        Event(which == OPENS, end - size + 1, end)
+        for end, (which, size) in enumerate(zip(kind, length, strict=True))
+        if which != NONE
+    ]
 
 
 def phase_mask(states: Int[Tensor, "batch token"], phase: str) -> Bool[Tensor, "batch token"]:

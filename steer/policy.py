@@ -77,7 +77,10 @@ def check_policy(policy: Policy | None, marks: Marks) -> None:
         SteerError: it needs marks and there are none.
     """
     if policy is not None and getattr(policy, "needs_marks", False) and not marks.exist:
-        raise SteerError(f"the policy {policy.name} acts on thinking, and this model's tokenizer has no marks around it", "a model with marks")
+        raise SteerError(
+            f"the policy {policy.name} acts on thinking, and this model's tokenizer has no marks around it",
+            "a model with marks",
+        )
 
 
 def check_decision(decision: Decision, rows: int, vocab: int) -> None:
@@ -86,7 +89,11 @@ def check_decision(decision: Decision, rows: int, vocab: int) -> None:
     Raises:
         ValueError: a shape does not fit, a forced token is outside the vocabulary, or all tokens of a row are banned.
     """
-    for name, value, shape in (("forced", decision.forced, (rows,)), ("banned", decision.banned, (rows, vocab)), ("stop", decision.stop, (rows,))):
+    for name, value, shape in (
+        ("forced", decision.forced, (rows,)),
+        ("banned", decision.banned, (rows, vocab)),
+        ("stop", decision.stop, (rows,)),
+    ):
         if value is not None and tuple(value.shape) != shape:
             raise ValueError(f"a policy's {name} has shape {tuple(value.shape)} instead of {shape}")
     if decision.forced is not None and bool(((decision.forced < -1) | (decision.forced >= vocab)).any()):

@@ -31,10 +31,16 @@ class Positions:
     """
 
     def __init__(
-        self, marks: Marks, prompt_lengths: Sequence[int], marks_from: Sequence[int] | None = None, device: torch.device | str | None = None
+        self,
+        marks: Marks,
+        prompt_lengths: Sequence[int],
+        marks_from: Sequence[int] | None = None,
+        device: torch.device | str | None = None,
     ) -> None:
         self.marks = marks
-        self.state: PhaseState = begin(marks, prompt_lengths, [0] * len(prompt_lengths) if marks_from is None else marks_from, device)
+        self.state: PhaseState = begin(
+            marks, prompt_lengths, [0] * len(prompt_lengths) if marks_from is None else marks_from, device
+        )
         self.states: Int[Tensor, "batch token"] | None = None
 
     def __len__(self) -> int:
@@ -59,7 +65,9 @@ class Positions:
         elif attention_mask.ndim == 2 and attention_mask.shape[0] == batch and attention_mask.shape[1] >= width:
             real = attention_mask[:, attention_mask.shape[1] - width :].to(token_ids.device) != 0
         else:
-            raise ValueError(f"an attention mask of shape {tuple(attention_mask.shape)} does not belong to tokens of shape {(batch, width)}")
+            raise ValueError(
+                f"an attention mask of shape {tuple(attention_mask.shape)} does not belong to tokens of shape {(batch, width)}"
+            )
         if self.state.count.device != token_ids.device:
             self.state = self.state.to(token_ids.device)
         self.state, self.states = advance(self.state, self.marks, token_ids, real)

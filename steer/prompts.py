@@ -62,7 +62,11 @@ def render(tokenizer: Any, content: Content, thinking: bool | None = None, marks
     """
     if isinstance(content, str):
         if thinking is not None:
-            raise SteerError("thinking was switched, but the prompt is raw text", "chat messages", "Pass [{'role': 'user', 'content': ...}]")
+            raise SteerError(
+                "thinking was switched, but the prompt is raw text",
+                "chat messages",
+                "Pass [{'role': 'user', 'content': ...}]",
+            )
         ids = tuple(int(token) for token in tokenizer(content)["input_ids"])
         start = 0 if marks is None else marks.raw_text_start(ids)
     else:
@@ -70,7 +74,11 @@ def render(tokenizer: Any, content: Content, thinking: bool | None = None, marks
         ids = _chat(tokenizer, content, True, options)
         start = _shared(ids, _chat(tokenizer, content, False, options))
     if not ids:
-        raise SteerError("a prompt has no tokens", "at least one token", "This tokenizer adds no first token of its own; give some text")
+        raise SteerError(
+            "a prompt has no tokens",
+            "at least one token",
+            "This tokenizer adds no first token of its own; give some text",
+        )
     return Rendered(ids, start)
 
 
@@ -81,13 +89,19 @@ def _chat(tokenizer: Any, messages: Messages, for_reply: bool, options: Mapping[
 
 def _template(tokenizer: Any, messages: Messages, for_reply: bool, options: Mapping[str, bool]) -> str:
     if tokenizer.chat_template is None:
-        raise SteerError("chat messages were given, but this tokenizer has no chat template", "raw text prompts", "Pass the prompt as a string")
+        raise SteerError(
+            "chat messages were given, but this tokenizer has no chat template",
+            "raw text prompts",
+            "Pass the prompt as a string",
+        )
     plain = [dict(message) for message in messages]
     try:
         return str(tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=for_reply, **options))
     except jinja2.TemplateError as error:
         roles = ", ".join(str(message.get("role")) for message in plain)
-        raise SteerError(f"the model's chat template refuses these messages (roles {roles}): {error}", "messages that it accepts") from error
+        raise SteerError(
+            f"the model's chat template refuses these messages (roles {roles}): {error}", "messages that it accepts"
+        ) from error
 
 
 def _switch(tokenizer: Any, messages: Messages) -> str:

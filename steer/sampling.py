@@ -78,7 +78,9 @@ def uniforms(seed: int, item: str, sample: int, count: int) -> NDArray[np.float6
     return (np.asarray(raw, dtype=np.uint64) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def choose(logits: Float[Tensor, "batch vocab"], uniform: Float[Tensor, " batch"], sampling: Sampling) -> Int[Tensor, " batch"]:
+def choose(
+    logits: Float[Tensor, "batch vocab"], uniform: Float[Tensor, " batch"], sampling: Sampling
+) -> Int[Tensor, " batch"]:
     """One token per row.
 
     Args:
@@ -92,7 +94,9 @@ def choose(logits: Float[Tensor, "batch vocab"], uniform: Float[Tensor, " batch"
     top = logits.amax(-1)
     if not bool(torch.isfinite(top).all()):
         raise SteerError(
-            "the model returned logits that are not numbers", "finite logits", "A steering that is too strong does this, in fp16 most easily; try a smaller coefficient"
+            "the model returned logits that are not numbers",
+            "finite logits",
+            "A steering that is too strong does this, in fp16 most easily; try a smaller coefficient",
         )
     if sampling.temperature == 0:
         return logits.argmax(-1)
@@ -103,7 +107,9 @@ def choose(logits: Float[Tensor, "batch vocab"], uniform: Float[Tensor, " batch"
     return tokens.gather(1, _invert(weights, uniform)[:, None])[:, 0]
 
 
-def _likely(scaled: Float[Tensor, "batch vocab"], sampling: Sampling) -> tuple[Float[Tensor, "batch kept"], Int[Tensor, "batch kept"]]:
+def _likely(
+    scaled: Float[Tensor, "batch vocab"], sampling: Sampling
+) -> tuple[Float[Tensor, "batch kept"], Int[Tensor, "batch kept"]]:
     """Unnormalised weights of the kept tokens (0 for those that top-p drops), likeliest first, and the tokens."""
     vocab = scaled.shape[1]
     if 0 < sampling.top_k < vocab:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +44,14 @@ def cut(ids: Iterable[str], size: int = SHARD) -> list[Shard]:
     if size < 1:
         raise ValueError(f"a shard of {size} items")
     ordered = sorted(ids)
-    for first, second in zip(ordered, ordered[1:], strict=False):
+    for first, second in pairwise(ordered):
         if first == second:
-            raise SteerError(f"the id {first!r} occurs twice", "ids that differ, since random streams and results are keyed by them")
-    return [Shard(number, tuple(ordered[start : start + size])) for number, start in enumerate(range(0, len(ordered), size))]
+            raise SteerError(
+                f"the id {first!r} occurs twice", "ids that differ, since random streams and results are keyed by them"
+            )
+    return [
+        Shard(number, tuple(ordered[start : start + size])) for number, start in enumerate(range(0, len(ordered), size))
+    ]
 
 
 class Journal:

@@ -57,7 +57,11 @@ def parse_marker(span: str) -> Marker:
     texts = tuple(found["texts"].split(",")) if found else ()
     nth = int(found["nth"]) if found and found["nth"] else None
     if found is None or not all(text.strip() for text in texts) or nth == 0:
-        raise SteerError(f"the span {span!r} cannot be read", "marker:<text>[,<text>…][@prompt or @all][#n], n from 1", "For example marker:;@all#2")
+        raise SteerError(
+            f"the span {span!r} cannot be read",
+            "marker:<text>[,<text>…][@prompt or @all][#n], n from 1",
+            "For example marker:;@all#2",
+        )
     return Marker(texts, found["where"] or "thinking", nth)
 
 
@@ -90,7 +94,11 @@ def span_positions(span: str, trace: Trace, marks: Marks, tokenizer: Any = None)
     total, prompt = len(trace.tokens), trace.prompt_length
     thinking = trace.thinking_span
     if span in NEEDS_MARKS and not marks.exist and thinking is None:
-        raise SteerError(f"the span {span!r} needs marks around the thinking, and this run has none", "", "Use before_answer, or give the marks the model writes")
+        raise SteerError(
+            f"the span {span!r} needs marks around the thinking, and this run has none",
+            "",
+            "Use before_answer, or give the marks the model writes",
+        )
     if span.startswith("marker:"):
         return _marker_positions(parse_marker(span), trace, tokenizer)
     if span == "last_prompt_token":
@@ -137,11 +145,15 @@ def marker_ids(text: str, tokenizer: Any) -> tuple[Ids, ...]:
     unknown = tokenizer.unk_token_id
     bare = text.strip()
     vocabulary = tokenizer.get_vocab()
-    found = {(int(vocabulary[space + bare]),) for space in _SPACES if space + bare in vocabulary}
+    found: set[Ids] = {(int(vocabulary[space + bare]),) for space in _SPACES if space + bare in vocabulary}
     for written in (text, bare, f" {bare}"):
         ids = tuple(int(token) for token in tokenizer(written, add_special_tokens=False)["input_ids"])
         if ids and unknown not in ids and decode(tokenizer, ids).strip() == bare:
             found.add(ids)
     if not found:
-        raise SteerError(f"this model's tokenizer cannot write the marker {text!r}", "a text made of its tokens", "Choose a word that stands in the traces")
+        raise SteerError(
+            f"this model's tokenizer cannot write the marker {text!r}",
+            "a text made of its tokens",
+            "Choose a word that stands in the traces",
+        )
     return tuple(sorted(found))

@@ -6,7 +6,7 @@ counts tokens of the completion. Spans are half open, marks included. What a tra
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, TypeAlias
 
@@ -69,13 +69,22 @@ class Trace:
         total = len(self.prompt_token_ids) + len(self.completion_token_ids)
         for name, span in (("thinking_span", self.thinking_span), ("answer_span", self.answer_span)):
             if span is not None and not 0 <= span[0] <= span[1] <= total:
-                raise SteerError(f"{name} {list(span)} of trace {self.id!r} lies outside its {total} tokens", "0 <= start <= end <= tokens")
+                raise SteerError(
+                    f"{name} {list(span)} of trace {self.id!r} lies outside its {total} tokens",
+                    "0 <= start <= end <= tokens",
+                )
         if any(not 0 <= index < len(self.completion_token_ids) for index in self.forced):
-            raise SteerError(f"forced {list(self.forced)} of trace {self.id!r} lies outside its {len(self.completion_token_ids)} completion tokens")
+            raise SteerError(
+                f"forced {list(self.forced)} of trace {self.id!r} lies outside its {len(self.completion_token_ids)} completion tokens"
+            )
         expected = None if self.thinking_span is None else self.thinking_span[1] - self.thinking_span[0]
         if self.thinking_tokens != expected or (self.closed is None) != (expected is None):
-            found = f"thinking_span {self.thinking_span}, closed {self.closed} and thinking_tokens {self.thinking_tokens}"
-            raise SteerError(f"trace {self.id!r} has {found}", "thinking_tokens = end - start, and all three null together")
+            found = (
+                f"thinking_span {self.thinking_span}, closed {self.closed} and thinking_tokens {self.thinking_tokens}"
+            )
+            raise SteerError(
+                f"trace {self.id!r} has {found}", "thinking_tokens = end - start, and all three null together"
+            )
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -115,7 +124,7 @@ def make_trace(
     *,
     item: str,
     sample: int,
-    prompt: str | Sequence[Any],
+    prompt: str | Sequence[Mapping[str, Any]],
     prompt_token_ids: Sequence[int],
     completion_token_ids: Sequence[int],
     tokenizer: Any,
@@ -129,10 +138,18 @@ def make_trace(
     """A trace with its text and its thinking filled in; grading comes later.
 
     Args:
-        item, sample, prompt, gold, group, finish_reason, forced, generation_prompt_start: as in `Trace`.
-        prompt_token_ids, completion_token_ids: with the end token where `finish_reason` is "stop".
+        item: which question.
+        sample: which of its replies, from 0.
+        prompt: raw text or chat messages.
+        prompt_token_ids: as the model read them.
+        completion_token_ids: with the end token where `finish_reason` is "stop".
         tokenizer: decodes the completion.
         marks: find the thought.
+        generation_prompt_start: first token at which a mark counts.
+        finish_reason: why the reply ended; None if unknown.
+        forced: indices into the completion that a policy wrote.
+        gold: the right answer.
+        group: items of equal size or difficulty share it.
     """
     tokens = (*prompt_token_ids, *completion_token_ids)
     found = thought(tokens, marks, generation_prompt_start)
@@ -186,6 +203,8 @@ def token_span(trace: Trace, tokenizer: Any, start: int, end: int) -> Span:
 def trace_line(trace: Trace) -> str:
     """The trace as one line of canonical JSON, without the line's end."""
     line = canonical(asdict(trace))
-    if any("\ud800" <= character <= "\udfff" for character in line):  # Half a surrogate pair has no UTF-8; write it as an escape.
+    if any(
+        "\ud800" <= character <= "\udfff" for character in line
+    ):  # Half a surrogate pair has no UTF-8; write it as an escape.
         return "".join(f"\\u{ord(c):04x}" if "\ud800" <= c <= "\udfff" else c for c in line)
     return line

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from steer.identity import known_keys
 from steer.trace import FINISH_REASONS, NAMES, REQUIRED, Trace
 
 ZST = ".jsonl.zst"
+_TUPLES = ("prompt_token_ids", "completion_token_ids", "thinking_span", "answer_span", "forced")
 logger = logging.getLogger(__name__)
 
 
@@ -61,7 +63,10 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "answer": (_optional(_text), "text or null"),
     "gold": (_optional(_text), "text or null"),
     "correct": (_optional(_flag), "true, false or null"),
-    "finish_reason": (lambda value: value is None or value in FINISH_REASONS, f"null or one of {', '.join(FINISH_REASONS)}"),
+    "finish_reason": (
+        lambda value: value is None or value in FINISH_REASONS,
+        f"null or one of {', '.join(FINISH_REASONS)}",
+    ),
     "group": (_optional(_text), "text or null"),
     "generation_prompt_start": (_whole, "a whole number"),
 }
@@ -87,8 +92,10 @@ def parse_line(line: str) -> Trace:
         fits, what = _CHECKS[name]
         if not fits(value):
             raise SteerError(f"{name} of a trace line is {str(value)[:60]!r}", what)
-    tuples = ("prompt_token_ids", "completion_token_ids", "thinking_span", "answer_span", "forced")
-    return Trace(**{name: tuple(value) if name in tuples and value is not None else value for name, value in data.items()})
+    values: dict[str, Any] = {
+        name: tuple(value) if name in _TUPLES and value is not None else value for name, value in data.items()
+    }
+    return Trace(**values)
 
 
 def read_traces(path: Path) -> tuple[list[Trace], int]:
@@ -103,7 +110,9 @@ def read_traces(path: Path) -> tuple[list[Trace], int]:
     seen: dict[str, int] = {}
     for index, raw in enumerate(lines[: last + 1]):
         if index == last and _cut(raw):
-            logger.warning("%s: line %d was cut off and is skipped; the %d before it are kept.", path, index + 1, len(traces))
+            logger.warning(
+                "%s: line %d was cut off and is skipped; the %d before it are kept.", path, index + 1, len(traces)
+            )
             return traces, 1
         if not raw.strip():
             raise SteerError(f"line {index + 1} of {path} is empty", "one trace per line")
@@ -112,9 +121,13 @@ def read_traces(path: Path) -> tuple[list[Trace], int]:
         except UnicodeDecodeError as error:
             raise SteerError(f"line {index + 1} of {path} is not UTF-8 text", "one trace per line, as JSON") from error
         except SteerError as error:
-            raise SteerError(f"line {index + 1} of {path}: {error.found}", error.expected, "Remove or repair the line") from error
+            raise SteerError(
+                f"line {index + 1} of {path}: {error.found}", error.expected, "Remove or repair the line"
+            ) from error
         if trace.id in seen:
-            raise SteerError(f"lines {seen[trace.id]} and {index + 1} of {path} both have the id {trace.id!r}", "ids that differ")
+            raise SteerError(
+                f"lines {seen[trace.id]} and {index + 1} of {path} both have the id {trace.id!r}", "ids that differ"
+            )
         seen[trace.id] = index + 1
         traces.append(trace)
     return traces, 0
@@ -132,7 +145,10 @@ def _cut(raw: bytes) -> bool:
 def _read(path: Path) -> bytes:
     if not path.name.endswith(ZST):
         return path.read_bytes()
-    with path.open("rb") as source, zstandard().ZstdDecompressor().stream_reader(source, read_across_frames=True) as stream:
+    with (
+        path.open("rb") as source,
+        zstandard().ZstdDecompressor().stream_reader(source, read_across_frames=True) as stream,
+    ):
         return bytes(stream.read())
 
 
@@ -143,7 +159,10 @@ def zstandard() -> Any:
         SteerError: it is not installed.
     """
     try:
-        import zstandard as module
+        return import_module("zstandard")
     except ImportError as error:
-        raise SteerError("traces are in .jsonl.zst, but the package zstandard is not installed", "", "pip install zstandard, or unpack the file with zstd -d") from error
-    return module
+        raise SteerError(
+            "traces are in .jsonl.zst, but the package zstandard is not installed",
+            "",
+            "pip install zstandard, or unpack the file with zstd -d",
+        ) from error

@@ -27,7 +27,17 @@ from steer.tracefile import ZST, parse_line, read_traces, zstandard
 if TYPE_CHECKING:
     import pandas
 
-__all__ = ["FinishReason", "Span", "Trace", "Traces", "from_text", "make_trace", "parse_line", "token_span", "trace_line"]
+__all__ = [
+    "FinishReason",
+    "Span",
+    "Trace",
+    "Traces",
+    "from_text",
+    "make_trace",
+    "parse_line",
+    "token_span",
+    "trace_line",
+]
 
 RUN, LINES = "run.yaml", "traces.jsonl"
 ROW_KEYS = ("prompt", "text", "item", "sample", "gold", "group", "answer", "correct", "finish_reason")
@@ -43,7 +53,9 @@ class Traces(Sequence[Trace]):
         tokenizer: only needed for `marker:` spans.
     """
 
-    def __init__(self, traces: Iterable[Trace], meta: Mapping[str, Any] | None = None, *, dropped: int = 0, tokenizer: Any = None) -> None:
+    def __init__(
+        self, traces: Iterable[Trace], meta: Mapping[str, Any] | None = None, *, dropped: int = 0, tokenizer: Any = None
+    ) -> None:
         self._traces = tuple(traces)
         self.meta: dict[str, Any] = dict(meta or {})
         self.dropped = dropped
@@ -72,7 +84,10 @@ class Traces(Sequence[Trace]):
     def _repr_html_(self) -> str:
         names = ("id", "thinking_tokens", "closed", "correct", "text")
         head = "".join(f"<th>{name}</th>" for name in names)
-        rows = "".join("<tr>" + "".join(f"<td>{html.escape(str(getattr(trace, name))[:300])}</td>" for name in names) + "</tr>" for trace in self[:5])
+        rows = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(str(getattr(trace, name))[:300])}</td>" for name in names) + "</tr>"
+            for trace in self[:5]
+        )
         return f"<p>{html.escape(repr(self))}</p><table><tr>{head}</tr>{rows}</table>"
 
     def _with(self, traces: Iterable[Trace]) -> Traces:
@@ -111,7 +126,11 @@ class Traces(Sequence[Trace]):
         """
         if not self._traces:
             cut = " (one line was cut off and skipped)" if self.dropped else ""
-            raise SteerError(f"{what} has no traces{cut}", "at least one", "Generate or evaluate first, and check the path and any filter")
+            raise SteerError(
+                f"{what} has no traces{cut}",
+                "at least one",
+                "Generate or evaluate first, and check the path and any filter",
+            )
         return self
 
     def require_tokenizer(self, expected: str, what: str = "the run") -> Traces:
@@ -169,20 +188,30 @@ class Traces(Sequence[Trace]):
         run = file.parent / RUN
         meta = yaml.safe_load(run.read_text("utf-8")) if run.is_file() else {}
         if not isinstance(meta, dict):
-            raise SteerError(f"{run} holds a {type(meta).__name__}", "a mapping", "This is not the run.yaml of a run folder")
+            raise SteerError(
+                f"{run} holds a {type(meta).__name__}", "a mapping", "This is not the run.yaml of a run folder"
+            )
         traces, dropped = read_traces(file)
         return cls(traces, meta, dropped=dropped, tokenizer=tokenizer)
 
 
 def _lines_of(path: Path) -> Path:
     if not path.exists():
-        raise SteerError(f"there is no {path}", "a run folder or a .jsonl file of traces", "Check the path; `steer evaluate` and `steer generate` make runs")
+        raise SteerError(
+            f"there is no {path}",
+            "a run folder or a .jsonl file of traces",
+            "Check the path; `steer evaluate` and `steer generate` make runs",
+        )
     if not path.is_dir():
         return path
     for name in (LINES, f"{LINES}.zst"):
         if (path / name).is_file():
             return path / name
-    raise SteerError(f"the folder {path} has no {LINES}", "a run folder", "A run that was interrupted has its traces only after --resume")
+    raise SteerError(
+        f"the folder {path} has no {LINES}",
+        "a run folder",
+        "A run that was interrupted has its traces only after --resume",
+    )
 
 
 def refuse_folder(path: Path) -> None:
@@ -192,7 +221,9 @@ def refuse_folder(path: Path) -> None:
         SteerError: `path` exists.
     """
     if path.exists():
-        raise SteerError(f"{path} exists already", "a folder that does not exist yet", "Choose another name or remove it")
+        raise SteerError(
+            f"{path} exists already", "a folder that does not exist yet", "Choose another name or remove it"
+        )
 
 
 def run_text(meta: Mapping[str, Any]) -> str:
@@ -236,7 +267,7 @@ def from_text(rows: Iterable[Mapping[str, Any]], tokenizer: Any, marks: Marks | 
             gold=row.get("gold"),
             group=row.get("group"),
         )
-        told = {name: row.get(name) for name in ("answer", "correct", "finish_reason")}
+        told: dict[str, Any] = {name: row.get(name) for name in ("answer", "correct", "finish_reason")}
         traces.append(replace(trace, text=str(row["text"]), **told))
     meta = {"source": "text", "tokenizer_id": tokenizer_id(tokenizer), "marks": marks.to_dict()}
     return Traces(traces, meta, tokenizer=tokenizer)
