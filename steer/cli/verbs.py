@@ -1,0 +1,41 @@
+"""The verbs: name, module and one line of help. Listing them imports nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One verb.
+
+    Attributes:
+        name: what is typed; two words for a verb of a group.
+        module: where its function `command` is.
+        help: one line.
+    """
+
+    name: str
+    module: str
+    help: str
+
+
+_ALL = (
+    Verb("demo", "steer.cli.demo", "the whole loop on the bundled organism, about a minute"),
+    Verb("doctor", "steer.cli.doctor", "versions, devices, back ends, and whether steering does something here"),
+    Verb("inspect", "steer.cli.inspect", "what a model is made of and which forms of change fit it; from headers"),
+    Verb("generate", "steer.cli.generate", "write replies: to the terminal, or many into a run folder"),
+    Verb("evaluate", "steer.cli.evaluate", "answer a task: accuracy, lengths and closure, with intervals"),
+    Verb("collect", "steer.cli.collect", "read a model over the traces of a run, once, into a summary"),
+    Verb("probe length", "steer.cli.probe.length", "the direction from short to long thoughts"),
+    Verb("probe heads", "steer.cli.probe.heads", "how much each attention head writes against a direction"),
+    Verb("patch thinkedit", "steer.cli.patch.thinkedit", "take a direction out of what chosen heads can write"),
+    Verb("apply", "steer.cli.apply", "write a patched checkpoint"),
+    Verb("revert", "steer.cli.revert", "give a patched checkpoint its original weights back"),
+    Verb("verify", "steer.cli.verify", "measure whether two subjects are the same model"),
+)
+VERBS: dict[str, Verb] = {verb.name: verb for verb in _ALL}
+GROUPS: dict[str, str] = {
+    "probe": "find directions and scores in what a model does",
+    "patch": "make changes of weights, as small files",
+}
