@@ -10,11 +10,11 @@ from __future__ import annotations
 import hashlib
 import importlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -28,10 +28,35 @@ from steer.operations import DTYPES, Matrix, Operation, ProjectColumns, Survival
 from steer.steering import Steering
 
 if TYPE_CHECKING:
-    from edits.checkpoint.plan import Plan
     from steer.model import SteerableModel
 
 __all__ = ["Matrix", "Operation", "Patch", "ProjectColumns", "edited", "low_rank"]
+
+
+class Planned(Protocol):
+    """What `edits.checkpoint.plan.Plan` offers; `steer` does not know that package, not even for its types."""
+
+    @property
+    def coverage(self) -> str:
+        """What is touched, counted against what exists."""
+        ...
+
+    @property
+    def bytes_to_write(self) -> int:
+        """Size of the output."""
+        ...
+
+    def apply(
+        self,
+        out: str | os.PathLike[str],
+        *,
+        resume: bool = False,
+        link: bool = False,
+        keep_undo: bool = False,
+        progress: Callable[[int], None] | None = None,
+    ) -> os.PathLike[str]:
+        """Write the edited checkpoint into the new folder `out`."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,12 +151,12 @@ class Patch:
         story = {key: found.provenance[key] for key in artifacts.GIVEN if key not in ("model", "content")}
         return cls(operations, found.model, expects, story)
 
-    def plan(self, folder: str | os.PathLike[str], anatomy: str | os.PathLike[str] | None = None) -> Plan:
+    def plan(self, folder: str | os.PathLike[str], anatomy: str | os.PathLike[str] | None = None) -> Planned:
         """Say what the patch would do to the checkpoint in `folder`; headers only, nothing is written.
 
         See `edits.checkpoint.plan.plan`. `edits` sits above `steer`, so its room is looked up by name when it is needed.
         """
-        made: Plan = importlib.import_module("edits.checkpoint.plan").plan(self, folder, anatomy)
+        made: Planned = importlib.import_module("edits.checkpoint.plan").plan(self, folder, anatomy)
         return made
 
     def steering(self) -> Steering:
