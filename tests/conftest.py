@@ -15,6 +15,8 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 from jaxtyping import install_import_hook
 
+import tests.typecheck  # noqa: F401  (the hook does not import it)
+
 install_import_hook(["steer", "probes", "edits", "experiments"], "tests.typecheck.check")
 
 from collections import Counter, defaultdict
@@ -101,7 +103,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     reasons: dict[str, Counter[str]] = defaultdict(Counter)
     for outcome in ("passed", "failed", "error", "skipped", "xfailed"):
         for report in terminalreporter.stats.get(outcome, []):
-            lane = next((lane for lane in LANES[1:] if lane in report.keywords), "unit")
+            lane = next((lane for lane in LANES[1:] if lane in getattr(report, "keywords", ())), "unit")
             counts[lane][outcome] += 1
             if outcome == "skipped":
                 reasons[lane][_reason(report)] += 1
