@@ -178,17 +178,18 @@ def read_block(path: Path) -> dict[str, Any]:
     """Return the provenance of an artifact from its header alone; errors as `read`."""
     if not path.is_file():
         raise SteerError(f"there is no file {path}", "an artifact written by this toolkit", "Check the path")
-    with path.open("rb") as stream:
-        if stream.read(4).startswith(_PICKLES):
-            raise SteerError(
-                f"{path} is a pickle, which can run code when it is read",
-                "a safetensors file",
-                "Convert it with the program that made it; it is never opened here",
-            )
     try:
         with safe_open(path, framework="pt") as file:
             stored = file.metadata() or {}
     except SafetensorError as error:
+        with path.open("rb") as stream:
+            pickled = stream.read(4).startswith(_PICKLES)
+        if pickled:
+            raise SteerError(
+                f"{path} is a pickle, which can run code when it is read",
+                "a safetensors file",
+                "Convert it with the program that made it; it is never opened here",
+            ) from error
         raise SteerError(
             f"{path} is not a whole safetensors file ({error})",
             "an artifact written by this toolkit",

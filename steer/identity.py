@@ -12,7 +12,7 @@ import json
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from steer.errors import SteerError
 
@@ -47,6 +47,7 @@ def shape_id(numbers: Mapping[str, object]) -> str:
     return digest([canonical(numbers).encode()])
 
 
+@runtime_checkable
 class HasVocabulary(Protocol):
     """Any tokenizer that can list its vocabulary."""
 
