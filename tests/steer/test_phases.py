@@ -253,7 +253,7 @@ def test_masks_partition_the_sequence() -> None:
 
 def test_what_is_refused() -> None:
     with pytest.raises(SteerError, match="no phase 'reply'"):
-        phase_mask(torch.zeros(1, 1), "reply")
+        phase_mask(torch.zeros(1, 1, dtype=torch.long), "reply")
     with pytest.raises(SteerError, match="needs marks"):
         check_phase("thinking", Marks())
     for phase in ("all", "prompt", "generated"):
