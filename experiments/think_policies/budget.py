@@ -58,7 +58,7 @@ class ThinkingBudget:
         Args:
             tokens: the budget.
             marks: the model's.
-            end_text: written before the closing mark, for example "\\nTime is up.\\n".
+            end_text: written before the closing mark, for example "Time is up."
             tokenizer: encodes `end_text`.
 
         Raises:
