@@ -1,0 +1,221 @@
+from __future__ import annotations
+
+import json
+import pickle
+import stat
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from steer import artifacts
+from steer.artifacts import FILLED, GIVEN, KINDS, kind_of, provenance, read, tensors_id, write
+from tests.steer.made import identity, refused
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool)
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    path = tmp_path / "a.safetensors"
+    story = provenance(model=identity(), site="resid_mid", convention="raw", data_hash="f" * 64, data_count=7, options={"below": 100}, seed=3, parents=["e" * 64], content={"layers": [0]})
+    write(path, "direction", {"vectors": torch.arange(6.0).reshape(2, 3)}, story)
+    return path
+
+
+def rewritten(path: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    """Write the same tensors with a changed provenance block, as a foreign program might."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        block = json.loads(file.metadata()["steer"])
+    changed = change(block)
+    save_file(load_file(path), path, {"steer": json.dumps(block if changed is None else changed)})
+    return path
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bytes_come_back_in_every_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
+    tensor = torch.tensor([[0.0, 1.0, -2.5], [3.0, 0.1, 7.0]]).to(dtype)
+    write(tmp_path / "a.safetensors", "sae", {"x": tensor, "empty": tensor[:0], "scalar": tensor[0, 0]}, {})
+    found = read(tmp_path / "a.safetensors", "sae").tensors
+    assert found["x"].dtype == dtype
+    assert torch.equal(found["x"], tensor)
+    assert found["empty"].shape == (0, 3)
+    assert found["scalar"].shape == ()
+
+
+def test_views_of_other_tensors_can_be_written(tmp_path: Path) -> None:
+    base = torch.arange(12.0).reshape(3, 4)
+    write(tmp_path / "a.safetensors", "sae", {"a": base.T, "b": base[1:], "c": base.requires_grad_()}, {})
+    assert torch.equal(read(tmp_path / "a.safetensors").tensors["a"], base.T)
+
+
+def test_the_block_holds_all_that_design_lists(saved: Path) -> None:
+    block = read(saved).provenance
+    assert set(block) == {*GIVEN, *FILLED}
+    assert block["format_version"] == 1
+    assert block["kind"] == "direction"
+    assert block["dtype"] == "float32"
+    assert (block["site"], block["convention"], block["seed"], block["options"]) == ("resid_mid", "raw", 3, {"below": 100})
+    assert (block["data_hash"], block["data_count"], block["parents"], block["content"]) == ("f" * 64, 7, ["e" * 64], {"layers": [0]})
+    assert isinstance(block["code_version"], str)
+    assert read(saved).model == identity()
+
+
+def test_the_file_is_plain_safetensors_with_mode_0644(saved: Path) -> None:
+    assert stat.S_IMODE(saved.stat().st_mode) == 0o644
+    assert set(load_file(saved)) == {"vectors"}
+
+
+def test_equal_values_are_equal_bytes(saved: Path, tmp_path: Path) -> None:
+    first = read(saved)
+    write(tmp_path / "b.safetensors", "direction", first.tensors, {key: first.provenance[key] for key in reversed(GIVEN)})
+    assert (tmp_path / "b.safetensors").read_bytes() == saved.read_bytes()
+
+
+def test_an_existing_file_is_kept(saved: Path) -> None:
+    before = saved.read_bytes()
+    refused(lambda: write(saved, "direction", {"vectors": torch.zeros(1)}, {}), "exists already", "overwrite")
+    assert saved.read_bytes() == before
+    write(saved, "direction", {"vectors": torch.zeros(1)}, {}, overwrite=True)
+    assert read(saved).tensors["vectors"].tolist() == [0.0]
+
+
+def test_unknown_keys_kinds_and_suffixes_are_not_written(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    refused(lambda: write(path, "direction", {}, {"sead": 1}), "'sead'")
+    refused(lambda: write(path, "direction", {}, {"format_version": 2}), "'format_version'")
+    refused(lambda: write(path, "vector", {}, {}), "'vector'", *KINDS)
+    refused(lambda: write(tmp_path / "a.pt", "direction", {}, {}), ".safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_kind_is_refused(saved: Path) -> None:
+    refused(lambda: read(saved, "patch"), "holds a direction", "expected a patch")
+
+
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    refused(lambda: read(tmp_path / "no.safetensors"), "there is no file", "no.safetensors")
+
+
+class Trap:
+    """Unpickling this is the test's failure."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (pytest.fail, ("the pickle was opened",))
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_a_pickle_is_refused_unopened(tmp_path: Path, protocol: int) -> None:
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(pickle.dumps(Trap(), protocol))
+    refused(lambda: read(path), "pickle", "run code")
+
+
+def test_a_torch_file_is_refused_unopened(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    torch.save({"a": Trap()}, path)
+    refused(lambda: read(path), "pickle")
+
+
+JUNK = [b"", b"junk", b"\x00" * 100, b"{}", b"not a tensor file at all, only words", struct.pack("<Q", 2) + b"{}", struct.pack("<Q", 1 << 60)]
+
+
+@pytest.mark.parametrize("junk", JUNK)
+def test_junk_is_refused(tmp_path: Path, junk: bytes) -> None:
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(junk)
+    refused(lambda: read(path), "a.safetensors", "written by this toolkit")
+
+
+@settings(max_examples=60, deadline=None)
+@given(share=st.floats(0, 0.999))
+def test_a_cut_file_is_refused_wherever_it_is_cut(tmp_path_factory: pytest.TempPathFactory, share: float) -> None:
+    path = tmp_path_factory.mktemp("cut") / "a.safetensors"
+    write(path, "sae", {"x": torch.arange(10.0)}, {})
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(share * len(whole))])
+    refused(lambda: read(path), "a.safetensors")
+
+
+def test_a_changed_bit_is_found(saved: Path) -> None:
+    data = bytearray(saved.read_bytes())
+    data[-2] ^= 1
+    saved.write_bytes(data)
+    refused(lambda: read(saved), "damaged", "hash")
+
+
+def test_a_foreign_safetensors_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({"x": torch.zeros(2)}, path, {"format": "pt"})
+    refused(lambda: read(path), "without our provenance")
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (lambda block: block.update(format_version=2), "version 2"),
+        (lambda block: block.update(format_version="1"), "version '1'"),
+        (lambda block: block.update(sead=1), "'sead'"),
+        (lambda block: block.pop("seed") and None, "lacks seed"),
+        (lambda block: block.update(kind="spell"), "'spell'"),
+        (lambda block: block.update(kind=["direction"]), "unknown kind"),
+        (lambda block: [block], "JSON object"),
+        (lambda block: 5, "JSON object"),
+    ],
+)
+def test_a_block_from_elsewhere_is_refused(saved: Path, change: Callable[[dict[str, Any]], object], word: str) -> None:
+    refused(lambda: read(rewritten(saved, change)), word)
+
+
+def test_a_block_that_is_no_json_is_refused(saved: Path) -> None:
+    save_file(load_file(saved), saved, {"steer": "{"})
+    refused(lambda: read(saved), "not JSON")
+
+
+@given(st.permutations(["a", "b", "c"]))
+def test_tensors_id_does_not_depend_on_order(names: list[str]) -> None:
+    values = {"a": torch.zeros(2), "b": torch.ones(2), "c": torch.ones(1, 2)}
+    assert tensors_id({name: values[name] for name in names}) == tensors_id(values)
+
+
+def test_tensors_id_sees_names_shapes_dtypes_and_values() -> None:
+    base = torch.zeros(2, 3)
+    others = [{"b": base}, {"a": base.reshape(3, 2)}, {"a": base.to(torch.int32)}, {"a": base + 1}, {"a": -base}, {}]
+    assert len({tensors_id(other) for other in [{"a": base}, *others]}) == len(others) + 1
+
+
+def test_tensors_id_does_not_see_how_a_tensor_lies_in_memory() -> None:
+    base = torch.arange(6.0).reshape(2, 3)
+    assert tensors_id({"a": base.T}) == tensors_id({"a": base.T.contiguous()})
+
+
+def test_kinds_of_files(saved: Path, tmp_path: Path) -> None:
+    assert kind_of(saved) == "direction"
+    (tmp_path / "s.yaml").write_text("kind: steering")
+    assert kind_of(tmp_path / "s.yaml") == "steering"
+    (tmp_path / "lora").mkdir()
+    refused(lambda: kind_of(tmp_path / "lora"), "adapter_config.json", "MODEL")
+    (tmp_path / "lora" / "adapter_config.json").write_text("{}")
+    assert kind_of(tmp_path / "lora") == "adapter"
+    refused(lambda: kind_of(tmp_path / "none.yaml"), "no file")
+    refused(lambda: kind_of(tmp_path / "none"), "no file")
+
+
+@pytest.mark.faults
+def test_an_interrupted_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def half(tensors: object, path: Path, metadata: object) -> None:
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(artifacts, "save_file", half)
+    with pytest.raises(OSError, match="No space"):
+        write(tmp_path / "a.safetensors", "sae", {"x": torch.zeros(2)}, {})
+    assert not list(tmp_path.iterdir())
