@@ -13,11 +13,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
-from jaxtyping import install_import_hook
+import jaxtyping
 
 import tests.typecheck  # noqa: F401  (the hook does not import it)
 
-install_import_hook(["steer", "probes", "edits", "experiments"], "tests.typecheck.check")
+jaxtyping.install_import_hook(["steer", "probes", "edits", "experiments"], "tests.typecheck.check")
 
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -57,6 +57,12 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
         return made[key]
 
     return save
+
+
+@pytest.fixture
+def unchecked_types(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Turn the check of annotations off, for tests that hand over what the signature forbids."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 def browser() -> str | None:
