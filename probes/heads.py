@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from accelerate.utils import align_module_device  # type: ignore[import-untyped]
+from accelerate.utils import align_module_device
 from jaxtyping import Float64
 from scipy.stats import spearmanr
 from torch import Tensor

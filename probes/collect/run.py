@@ -86,21 +86,31 @@ def collect(
             activations that are not finite (names layer and trace).
         OSError: the disk or the permissions refuse; finished shards stay, to be resumed.
     """
+    if out is not None:
+        check_out(Path(out), resume)
     options = Options(sites, spans, layers, keep, groups, recorders, dtype, batch_tokens, max_tokens)
     job = prepare(model, traces, options)
     if out is None:
         return Summary(job.meta, _run(job, None, None, progress))
     folder = Path(out)
-    if not resume and folder.exists():
+    journal = Journal(folder / "journal", {**job.meta, "groups": job.plan.groups})
+    if (folder / FILE).is_file():
+        return Summary.load(folder)
+    return Summary(job.meta, _run(job, folder, journal, progress)).finish(folder)
+
+
+def check_out(folder: Path, resume: bool) -> None:
+    """Refuse an output folder that exists, unless its work is to go on.
+
+    Raises:
+        SteerError: it exists and `resume` is false, or it is a file.
+    """
+    if folder.is_file() or (folder.exists() and not resume):
         raise SteerError(
             f"{folder} exists already",
             "a folder that does not exist yet",
             "Choose another name, remove it, or pass --resume to go on with an interrupted collection",
         )
-    journal = Journal(folder / "journal", {**job.meta, "groups": job.plan.groups})
-    if (folder / FILE).is_file():
-        return Summary.load(folder)
-    return Summary(job.meta, _run(job, folder, journal, progress)).finish(folder)
 
 
 def plan(model: SteerableModel, traces: Traces | Iterable[Trace], options: Options | None = None) -> Plan:

@@ -1,0 +1,1 @@
+"""Verbs that find directions and scores in what a model did."""
