@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 Value = Callable[[Tensor], Tensor]
 
 
+@runtime_checkable
 class Reader(Protocol):
     """What is called with every value that is read, in the pass, on the device.
 
