@@ -123,7 +123,7 @@ def _call(verb: Verb, arguments: list[str]) -> int:
     except typer.Abort:
         return 130
     except usage_error as error:
-        found = error.format_message().replace("\n", " ").replace("'", "`")
+        found = str(getattr(error, "format_message", error.__str__)()).replace("'", "`")
         raise SteerError(found, "", f"See `steer {verb.name} --help`") from None
     return status if isinstance(status, int) else 0
 
