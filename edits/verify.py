@@ -34,7 +34,7 @@ from steer.steering import Steering
 LARGEST_COPY = 500_000_000
 FACTOR = 3.0
 STATED = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-Subject = SteerableModel | str | os.PathLike[str]
+Subject = SteerableModel | OnDisk | str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def verify(
     """Measure whether two subjects are the same model.
 
     Args:
-        first: a model, a view of one (`m.with_(patch)`), or the folder of a checkpoint.
+        first: a model, a view of one (`m.with_(patch)`), the folder of a checkpoint, or one with patches (`OnDisk`).
         second: likewise; its rounding is the floor.
         prompts: texts or chat messages; by default fixed sequences of token ids, with the model's marks in them.
         weights_only: compare tensors on disk and load nothing that is not loaded.
@@ -159,21 +159,34 @@ def verify(
 
 
 def _name(subject: Subject) -> str:
-    if not isinstance(subject, SteerableModel):
-        return str(Path(subject))
-    changes = [
+    if isinstance(subject, SteerableModel):
+        base, changes = subject.name, subject.changes
+    elif isinstance(subject, OnDisk):
+        base, changes = str(subject.folder), subject.patches
+    else:
+        base, changes = str(Path(subject)), ()
+    words = [
         f"{type(change).__name__.lower()} {change.fingerprint[:8]}" + (f" x {c}" if c != 1 else "")
-        for change, c in subject.changes
+        for change, c in changes
     ]
-    return " + ".join([subject.name, *changes])
+    return " + ".join([base, *words])
 
 
 def _opened(subject: Subject) -> SteerableModel:
-    return subject if isinstance(subject, SteerableModel) else load(Path(subject))
+    if isinstance(subject, SteerableModel):
+        return subject
+    if not isinstance(subject, OnDisk):
+        return load(Path(subject))
+    model = load(subject.folder, anatomy=subject.anatomy)
+    for patch, scale in subject.patches:
+        model = model.with_(patch, coefficient=scale)
+    return model
 
 
 def _on_disk(subject: Subject) -> OnDisk | None:
     """The subject as tensors on disk under patches; None where it has no such form."""
+    if isinstance(subject, OnDisk):
+        return subject
     if not isinstance(subject, SteerableModel):
         return OnDisk(Path(subject))
     if subject.path is None:

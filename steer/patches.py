@@ -66,7 +66,7 @@ class Patch:
     Args:
         operations: at least one; those on one matrix act in this order.
         model: the model that it was made on; another shape is refused, None fits whatever has the matrices.
-        expects: hash of a matrix's bytes before the patch (`tensor_hash`), where known; see `edits.checkpoint.pin`.
+        expects: hash of a matrix's bytes before the patch (`tensor_hash`), where known; see `edits.checkpoint.apply.pin`.
         provenance: how it was made; JSON values only.
 
     Raises:

@@ -11,7 +11,7 @@ import hashlib
 import html
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from steer.anatomy.headers import Entry
 from steer.errors import SteerError
 from steer.identity import shape_id
 from steer.operations import edit_
+from steer.patches import Patch
 
 TORCH = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -123,6 +124,11 @@ def apply(
 
     path = write_folder(out, FolderPlan(tasks, key, seal, sealed), resume=resume, progress=progress)
     return Edited(path, Manifest.read(path))
+
+
+def pin(plan: Plan) -> Patch:
+    """Return the plan's patch with the hashes of the tensors that it touches, so that it fits this base alone."""
+    return replace(plan.patch, expects={tensor.matrix: hash_on_disk(plan.folder, tensor) for tensor in plan.touched})
 
 
 def check_expectations(plan: Plan) -> None:

@@ -1,0 +1,1 @@
+"""Verbs that make patches: one file per kind of edit."""
