@@ -23,6 +23,16 @@ def test_a_model_runs_and_is_a_function_of_its_seed(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_a_bf16_model_is_what_loading_its_folder_gives(family, tiny_folder):
+    ids = torch.tensor([tokenizer()(TEXT)["input_ids"]])
+    built = build(family, dtype=torch.bfloat16).model
+    loaded = AutoModelForCausalLM.from_pretrained(tiny_folder(family, dtype=torch.bfloat16), dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in built.parameters()} == {torch.bfloat16}
+    with torch.no_grad():
+        assert torch.equal(built(ids).logits, loaded.eval()(ids).logits)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_norm_gains_and_biases_are_not_neutral(family):
     for name, parameter in build(family).model.named_parameters():
         assert parameter.std() > 0.01, name

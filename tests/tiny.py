@@ -73,8 +73,11 @@ def build(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **o
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         _randomise(model)
+        if dtype != torch.float32:  # `.to(dtype)` would round the rotary frequencies too, which loading never does.
+            exact, model = model, AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model.load_state_dict(exact.state_dict())
     model.generation_config.update(pad_token_id=0, eos_token_id=2, bos_token_id=1)
-    return Tiny(model.to(dtype).eval(), tokenizer())
+    return Tiny(model.eval(), tokenizer())
 
 
 @torch.no_grad()

@@ -1,0 +1,42 @@
+# make demo: the whole loop on the bundled model. make test: every check and test. Both set up what they need.
+# Needs python3.11 (another: PYTHON=python3.12 make ...) and make; packages come from where pip is configured to look.
+
+PYTHON ?= python3.11
+BIN := .venv/bin
+export PYTHONNOUSERSITE := 1
+unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
+
+.PHONY: help setup demo test check bench browser pins clean
+
+help:
+	@grep -E '^# |^[a-z]+:.*## ' Makefile | sed -E 's/^# //; s/:.*## /: /'
+
+setup: ## make .venv, or repair it; nothing to do the second time
+	@$(PYTHON) constraints/environment.py
+
+demo: setup ## the whole loop on the bundled model; leaves demo/report.html
+	@rm -rf demo
+	@$(BIN)/steer demo --out demo
+
+test: check browser ## every check and every test lane
+	@$(BIN)/python -m pytest -n 2 --dist worksteal
+
+check: setup ## style, types, import rules
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --quiet --check . || { echo "some files are not formatted: $(BIN)/ruff format ."; exit 1; }
+	@$(BIN)/mypy --no-error-summary
+	@$(BIN)/lint-imports --no-logo 
+
+bench: setup ## the numbers of docs/status.md, as JSON
+	@for program in startup span_means steered_generation; do $(BIN)/python benchmarks/$$program.py || exit 1; done
+
+# The browser lane looks at the report. As root a missing browser is installed once; else the lane says why it is skipped.
+browser: setup
+	@$(BIN)/python constraints/browser.py
+
+pins: ## write what .venv holds into constraints/cpu.txt
+	@$(BIN)/python constraints/pins.py
+
+clean: ## remove everything that make has made
+	rm -rf .venv demo build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
