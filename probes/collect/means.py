@@ -128,7 +128,7 @@ class _SpanPass:
         mean = torch.bmm(weights, flat).reshape(*weights.shape[:2], *value.shape[2:])
         self.means.setdefault(name, []).append(mean)
 
-    def rows(self, final: Sequence[Float[Tensor, "token hidden"]]) -> dict[str, Tensor]:
+    def rows(self, final: Sequence[Float[Tensor, "_ hidden"]]) -> dict[str, Tensor]:
         """Return (trace, layer, ...) per site and span, on the CPU, in float32."""
         found: dict[str, Tensor] = {}
         for name, layers in self.means.items():

@@ -91,7 +91,7 @@ class Pass(Protocol):
         """Take the value of a site: (trace, token, hidden), or (trace, token, heads, head width); do not change it."""
         ...
 
-    def rows(self, final: Sequence[Float[Tensor, "token hidden"]]) -> dict[str, Tensor]:
+    def rows(self, final: Sequence[Float[Tensor, "_ hidden"]]) -> dict[str, Tensor]:
         """Return (trace, *shape) for every kept quantity; `final` is the backbone's output per trace, unpadded."""
         ...
 
