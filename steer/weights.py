@@ -19,9 +19,14 @@ from steer.identity import UNKNOWN, digest
 SMALL = 64 * 2**20
 
 
+def cache_folder() -> Path:
+    """Where things are kept that can be made again; under XDG_CACHE_HOME, else ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "reasoning-steer"
+
+
 def cache_file() -> Path:
-    """Where hashes are remembered; under XDG_CACHE_HOME, else ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "reasoning-steer" / "weights.json"
+    """Where hashes are remembered."""
+    return cache_folder() / "weights.json"
 
 
 def weights_id(folder: str | Path, files: tuple[str, ...], compute: bool = False) -> str:
@@ -34,13 +39,14 @@ def weights_id(folder: str | Path, files: tuple[str, ...], compute: bool = False
     """
     paths = [Path(folder) / file for file in files]
     compute = compute or sum(path.stat().st_size for path in paths) <= SMALL
-    hashes = [_file_hash(path, compute) for path in paths]
+    hashes = [file_hash(path, compute) for path in paths]
     if UNKNOWN in hashes:
         return UNKNOWN
     return digest([f"{file} {value}".encode() for file, value in sorted(zip(files, hashes, strict=True))])
 
 
-def _file_hash(path: Path, compute: bool) -> str:
+def file_hash(path: Path, compute: bool = True) -> str:
+    """Return the SHA-256 of a file, remembered by path, size and time; "unknown" where it would have to be computed."""
     real = path.resolve()
     if path.is_symlink() and real.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", real.name):
         return real.name
