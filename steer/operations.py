@@ -300,7 +300,9 @@ def edited(
 def low_rank(
     weight: Float[Tensor, "out in"], operations: Sequence[Operation], head_width: int
 ) -> tuple[Float[Tensor, "rank in"], Float[Tensor, "out rank"]]:
-    """Return float32 (A, B) on the CPU with `B @ A` = what `operations` add to `weight`, before the cast.
+    """Return (A, B) on the CPU with `B @ A` = what `operations` add to `weight`, before the cast.
+
+    Both are float32, for a float64 weight float64.
 
     The rank is the number of operations. Where they overlap, row i of A uses the weight that the operations
     before i left, so the sum is the composed change, exactly as `edited` makes it.
@@ -314,7 +316,8 @@ def low_rank(
             if head in operation.heads:
                 rows[index, here], columns[:, index] = operation.factors(block)
                 block = block + operation.change(block)
-    return rows.float(), columns.float()
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    return rows.to(dtype), columns.to(dtype)
 
 
 def _wide(weight: Tensor, columns: slice) -> Tensor:

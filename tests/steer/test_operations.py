@@ -98,7 +98,9 @@ def test_sign_and_powers_of_two_do_not_change_a_bit(factor: float) -> None:
 
 def test_length_of_the_direction_does_not_matter() -> None:
     for factor in (3.7, 1e-30, 1e30):
-        difference = edited(weights(), [project(0, vector=factor * direction())], 8) - edited(weights(), [project(0)], 8)
+        difference = edited(weights(), [project(0, vector=factor * direction())], 8) - edited(
+            weights(), [project(0)], 8
+        )
         assert difference.abs().max() <= 1e-6
 
 
@@ -181,7 +183,9 @@ def test_survival_is_counted_against_numpy() -> None:
     survival = edit_(weight, operations, 8)
     assert survival.wanted == pytest.approx(np.linalg.norm(wanted), rel=1e-9)
     assert survival.actual == pytest.approx(np.linalg.norm(stored), rel=1e-9)
-    assert survival.cosine == pytest.approx((wanted * stored).sum() / np.linalg.norm(wanted) / np.linalg.norm(stored), rel=1e-9)
+    assert survival.cosine == pytest.approx(
+        (wanted * stored).sum() / np.linalg.norm(wanted) / np.linalg.norm(stored), rel=1e-9
+    )
     assert survival.cosine < 0.99  # A small change does not survive bfloat16 unharmed, and that is said.
 
 
@@ -196,13 +200,17 @@ def test_survival_of_nothing_is_unknown() -> None:
     chosen=st.lists(st.tuples(st.sets(st.integers(0, HEADS - 1), min_size=1), st.floats(-2, 2), st.integers(0, 3)), min_size=1, max_size=4),
     dtype=st.sampled_from(DTYPES),
 )  # fmt: skip
-def test_low_rank_is_the_composed_change(width: int, chosen: list[tuple[set[int], float, int]], dtype: torch.dtype) -> None:
+def test_low_rank_is_the_composed_change(
+    width: int, chosen: list[tuple[set[int], float, int]], dtype: torch.dtype
+) -> None:
     weight = weights(width, dtype)
     operations = [project(*heads, weight=strength, seed=seed) for heads, strength, seed in chosen]
     rows, columns = low_rank(weight, operations, width)
     assert rows.shape == (len(operations), HEADS * width) and columns.shape == (OUT, len(operations))
     expected = naive(weight, operations, width) - weight.double().numpy()
-    np.testing.assert_allclose((columns.double() @ rows.double()).numpy(), expected, rtol=0, atol=2e-5 * max(1, np.abs(expected).max()))
+    np.testing.assert_allclose(
+        (columns.double() @ rows.double()).numpy(), expected, rtol=0, atol=2e-5 * max(1, np.abs(expected).max())
+    )
 
 
 def test_blocks_are_the_touched_heads() -> None:
@@ -211,10 +219,11 @@ def test_blocks_are_the_touched_heads() -> None:
     assert all(block.exact.dtype == torch.float64 for block in blocks)
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.uint8])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
 def test_quantised_dtypes_are_refused(dtype: torch.dtype) -> None:
-    with pytest.raises(SteerError, match="dtype"):
-        edited(torch.zeros(OUT, 48).to(dtype), [project(0)], 8)
+    for function in (edited, edit_, low_rank):
+        with pytest.raises(SteerError, match="dtype"):
+            function(torch.zeros(OUT, 48).to(dtype), [project(0)], 8)
 
 
 @pytest.mark.parametrize(
@@ -228,7 +237,6 @@ def test_quantised_dtypes_are_refused(dtype: torch.dtype) -> None:
         ({"weight": float("nan")}, "finite"),
         ({"vector": torch.zeros(OUT)}, "zero"),
         ({"vector": torch.full((OUT,), float("inf"))}, "finite"),
-        ({"vector": torch.ones(2, OUT)}, "shape"),
     ],
 )
 def test_senseless_operations_are_refused(change: dict[str, object], word: str) -> None:
