@@ -363,7 +363,7 @@ def refuse_compiled(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if _compiled(module) or hasattr(module, "_orig_mod"):
             raise SteerError(
-                f"{name or 'the model'} is compiled, and compiled code ignores hooks that are added after compilation",
+                f"{'the module ' + name if name else 'the model'} is compiled, and compiled code ignores hooks that are added after compilation",
                 "an uncompiled model",
                 "Load it again without torch.compile; with Hugging Face's generate pass disable_compile=True",
             )
