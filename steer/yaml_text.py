@@ -19,7 +19,7 @@ short = reprlib.repr
 class _Loader(yaml.SafeLoader):
     """The safe loader, which also refuses aliases and keys given twice."""
 
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError("it holds an alias (*name)")
         return super().compose_node(parent, index)

@@ -24,7 +24,17 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     path = tmp_path / "a.safetensors"
-    story = provenance(model=identity(), site="resid_mid", convention="raw", data_hash="f" * 64, data_count=7, options={"below": 100}, seed=3, parents=["e" * 64], content={"layers": [0]})
+    story = provenance(
+        model=identity(),
+        site="resid_mid",
+        convention="raw",
+        data_hash="f" * 64,
+        data_count=7,
+        options={"below": 100},
+        seed=3,
+        parents=["e" * 64],
+        content={"layers": [0]},
+    )
     write(path, "direction", {"vectors": torch.arange(6.0).reshape(2, 3)}, story)
     return path
 
@@ -63,8 +73,18 @@ def test_the_block_holds_all_that_design_lists(saved: Path) -> None:
     assert block["format_version"] == 1
     assert block["kind"] == "direction"
     assert block["dtype"] == "float32"
-    assert (block["site"], block["convention"], block["seed"], block["options"]) == ("resid_mid", "raw", 3, {"below": 100})
-    assert (block["data_hash"], block["data_count"], block["parents"], block["content"]) == ("f" * 64, 7, ["e" * 64], {"layers": [0]})
+    assert (block["site"], block["convention"], block["seed"], block["options"]) == (
+        "resid_mid",
+        "raw",
+        3,
+        {"below": 100},
+    )
+    assert (block["data_hash"], block["data_count"], block["parents"], block["content"]) == (
+        "f" * 64,
+        7,
+        ["e" * 64],
+        {"layers": [0]},
+    )
     assert isinstance(block["code_version"], str)
     assert read(saved).model == identity()
 
@@ -76,7 +96,9 @@ def test_the_file_is_plain_safetensors_with_mode_0644(saved: Path) -> None:
 
 def test_equal_values_are_equal_bytes(saved: Path, tmp_path: Path) -> None:
     first = read(saved)
-    write(tmp_path / "b.safetensors", "direction", first.tensors, {key: first.provenance[key] for key in reversed(GIVEN)})
+    write(
+        tmp_path / "b.safetensors", "direction", first.tensors, {key: first.provenance[key] for key in reversed(GIVEN)}
+    )
     assert (tmp_path / "b.safetensors").read_bytes() == saved.read_bytes()
 
 
@@ -125,7 +147,15 @@ def test_a_torch_file_is_refused_unopened(tmp_path: Path) -> None:
     refused(lambda: read(path), "pickle")
 
 
-JUNK = [b"", b"junk", b"\x00" * 100, b"{}", b"not a tensor file at all, only words", struct.pack("<Q", 2) + b"{}", struct.pack("<Q", 1 << 60)]
+JUNK = [
+    b"",
+    b"junk",
+    b"\x00" * 100,
+    b"{}",
+    b"not a tensor file at all, only words",
+    struct.pack("<Q", 2) + b"{}",
+    struct.pack("<Q", 1 << 60),
+]
 
 
 @pytest.mark.parametrize("junk", JUNK)

@@ -11,11 +11,26 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from steer.identity import UNKNOWN, ModelIdentity, canonical, check_same, check_tokenizer, digest, known_keys, mix, shape_id, tokenizer_id
+from steer.identity import (
+    UNKNOWN,
+    ModelIdentity,
+    canonical,
+    check_same,
+    check_tokenizer,
+    digest,
+    known_keys,
+    mix,
+    shape_id,
+    tokenizer_id,
+)
 from tests import tiny
 from tests.steer.made import identity, refused
 
-JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=12)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=12,
+)
 
 
 @given(JSON)
@@ -86,7 +101,13 @@ def test_something_else_than_an_identity_is_refused(data: object) -> None:
 
 
 def test_another_shape_is_refused_by_both_names() -> None:
-    refused(lambda: check_same(identity(name="here"), identity("d" * 64, name="there"), "the steering"), "the steering", "here", "there", "made for")
+    refused(
+        lambda: check_same(identity(name="here"), identity("d" * 64, name="there"), "the steering"),
+        "the steering",
+        "here",
+        "there",
+        "made for",
+    )
 
 
 def test_other_weights_earn_a_warning() -> None:
@@ -122,7 +143,9 @@ def test_mixing_models_is_refused(other: ModelIdentity) -> None:
 
 
 def test_unknown_keys_are_named() -> None:
-    refused(lambda: known_keys({"site": 1, "pahse": 2}, ("site", "phase"), "the file"), "'pahse'", "site, phase", "the file")
+    refused(
+        lambda: known_keys({"site": 1, "pahse": 2}, ("site", "phase"), "the file"), "'pahse'", "site, phase", "the file"
+    )
     known_keys({"site": 1}, ("site", "phase"), "the file")
 
 
