@@ -23,6 +23,7 @@ from steer.decoding import Batch, Decodable, Reply
 from steer.errors import SteerError
 from steer.identity import tokenizer_id
 from steer.policy import Policy, check_decision, check_policy, forced_tokens
+from steer.positions import Positions
 from steer.prompts import Content, Prompt, Rendered, render
 from steer.sampling import Sampling, choose, end_tokens, uniforms
 from steer.shards import cut
@@ -128,6 +129,8 @@ def generate(
     Raises:
         SteerError: bad prompts or options, a template without the switch, or logits that are not numbers.
     """
+    if model.tokenizer is None:
+        raise SteerError("the model has no tokenizer", "one that encodes the prompts", "Give one to steer.wrap(hf_model, tokenizer)")
     sampling = Sampling.of(model) if sampling is None else sampling
     named = {prompt.id: prompt for prompt in as_prompts(prompts)}
     shards = cut([prompt.id for prompt in as_prompts(prompts)])
@@ -187,6 +190,7 @@ def run_meta(
     identity = getattr(model, "identity", None)
     return {
         "model": None if identity is None else identity.to_dict(),
+        "changes": list(getattr(model, "change_ids", ())),
         "tokenizer_id": tokenizer_id(model.tokenizer) if identity is None else identity.tokenizer_id,
         "marks": model.marks.to_dict(),
         "sampling": sampling.to_dict(),
@@ -219,7 +223,8 @@ def _shard(
         for prompt in sorted(prompts, key=lambda prompt: prompt.id)
         for sample in range(samples)
     ]
-    with torch.no_grad(), model.active():
+    # Followed once around all forwards: entered anew for every one, the hooks would be installed anew each time.
+    with torch.no_grad(), model.active(), model.at(Positions(model.marks, [1])):
         _decode(model, replies, sampling, policy, batch_size, counter, on_token)
     return [_trace(model, reply) for reply in replies]
 
