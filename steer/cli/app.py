@@ -110,6 +110,8 @@ def _verb_first(given: list[str]) -> list[str]:
 
 
 def _call(verb: Verb, arguments: list[str]) -> int:
+    if not sys.stderr.isatty() or {"--quiet", "-q"} & set(arguments):
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers asks when it is imported.
     import typer
 
     usage_error: type[Exception] = next(
