@@ -1,0 +1,78 @@
+"""How many layers each form of change reaches on a model, from its headers alone (the table of DESIGN §4).
+
+`steer.coverage` answers for one change and its vectors; this is the outline that `steer inspect` prints without
+importing torch. The tests hold the two together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from steer.anatomy.resolve import Anatomy, Contributes
+
+FORMS = ("hook", "vllm", "patch", "lora")
+ADDED, PROJECTED = "Add", "ProjectOut"
+CHANGES = (
+    (PROJECTED, "head_out"),
+    (PROJECTED, "attn_out"),
+    (PROJECTED, "mlp_out"),
+    (ADDED, "attn_out"),
+    (ADDED, "attn_raw"),
+    (ADDED, "mlp_out"),
+    (ADDED, "mlp_raw"),
+)
+# What a form can express and this version has the code for.
+PRESENT = {"hook": tuple(CHANGES), "vllm": (), "patch": ((PROJECTED, "head_out"),), "lora": ()}
+
+
+@dataclass(frozen=True)
+class Reach:
+    """How far one form reaches with one kind of change, phase `all`.
+
+    Attributes:
+        change: such as "Add at attn_out".
+        form: one of FORMS.
+        layers: how many layers it can express the change on.
+        total: layers of the model.
+        here: whether this version has the code.
+        why: the reason, where it is not every layer.
+    """
+
+    change: str
+    form: str
+    layers: int
+    total: int
+    here: bool
+    why: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.layers}/{self.total}" + ("" if self.here or not self.layers else " (later)")
+
+
+def reaches(anatomy: Anatomy, quantised: str = "") -> list[Reach]:
+    """Return every kind of change in every form.
+
+    Args:
+        anatomy: of the model.
+        quantised: the method, empty for plain weights.
+    """
+    return [_reach(anatomy, quantised, kind, site, form) for kind, site in CHANGES for form in FORMS]
+
+
+def _reach(anatomy: Anatomy, quantised: str, kind: str, site: str, form: str) -> Reach:
+    total, dense = anatomy.layers, len(anatomy.dense_mlp_layers)
+    layers, why = total, ""
+    contribution: Contributes = anatomy.mlp_contribution if site.startswith("mlp") else anatomy.attention_contribution
+    if form == "vllm" and site.endswith("_raw"):
+        layers, why = 0, f"nothing is stated for vLLM at {site}"
+    elif form == "lora" and kind == ADDED:
+        layers, why = 0, "an adapter holds no bias"
+    elif form in ("patch", "lora") and site.endswith("_out") and site != "head_out" and contribution.kind == "norm":
+        layers, why = 0, f"a norm ({contribution.norm}) stands between the projection and {site}"
+    elif form == "patch" and quantised:
+        layers, why = 0, f"the weights are quantised ({quantised})"
+    elif site.startswith("mlp") and (site == "mlp_raw" or form in ("patch", "lora")) and dense < total:
+        layers, why = dense, "the other layers have experts"
+    if form == "lora" and not why and any(module == ("mlp_output" if site.startswith("mlp") else "attention_output") for module, _ in anatomy.biases):
+        why = "only where the output bias has no component along the direction"
+    return Reach(f"{kind} at {site}", form, layers, total, (kind, site) in PRESENT[form], why)
