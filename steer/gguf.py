@@ -8,6 +8,7 @@ must not fall apart into characters, and the model must find an English paragrap
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import math
 import os
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from steer.errors import SteerError
+from steer.files import MODE
 from steer.weights import cache_folder, file_hash
 
 ARCHITECTURES = ("llama",)
@@ -113,10 +115,18 @@ def _convert(path: Path, metadata: dict[str, Any], sha256: str, folder: Path) ->
     _check_tokenizer(tokenizer, path)
     model: Any = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **where)
     _check_loss(model, tokenizer, path)
-    model.config.__dict__.pop("quantization_config", None)
-    model.config.dequantised_from = {"file": path.name, "sha256": sha256, "format": "gguf"}
-    model.save_pretrained(folder)
+    config = copy.deepcopy(model.config)
+    config.__dict__.pop("quantization_config", None)
+    config.dequantised_from = {"file": path.name, "sha256": sha256, "format": "gguf"}
+    with torch.device("meta"):
+        plain: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    plain.load_state_dict(model.state_dict(), assign=True)  # The same tensors in a model that is not "quantised".
+    plain.tie_weights()
+    plain.generation_config = model.generation_config
+    plain.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    for file in folder.iterdir():
+        file.chmod(MODE)
 
 
 def _name_special_tokens(tokenizer: Any, metadata: dict[str, Any]) -> None:
