@@ -16,7 +16,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -39,6 +39,7 @@ class Matrix:
         return f"layer {self.layer}, {self.module}"
 
 
+@runtime_checkable
 class Operation(Protocol):
     """What a patch does to one matrix W (out, in), block of columns by block of columns.
 

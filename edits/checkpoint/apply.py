@@ -54,6 +54,11 @@ class Edited(os.PathLike[str]):
         return min(shares, default=None)
 
     def __str__(self) -> str:
+        """Return the path, since libraries write `str(path)` where they mean a path."""
+        return str(self.path)
+
+    def summary(self) -> str:
+        """Say in one line what was done."""
         share = (
             "" if self.survived is None else f"; at least {self.survived:.4f} of the wanted change survived the cast"
         )
@@ -64,7 +69,7 @@ class Edited(os.PathLike[str]):
             f"<tr><td>{html.escape(t.matrix)}</td><td>{html.escape(t.name)}</td><td>{_number(t.survived)}</td><td>{_number(t.cosine)}</td></tr>"
             for t in self.manifest.tensors
         )
-        return f"<div>{html.escape(str(self))}</div><table><tr><th>matrix</th><th>tensor</th><th>survived</th><th>cosine</th></tr>{rows}</table>"
+        return f"<div>{html.escape(self.summary())}</div><table><tr><th>matrix</th><th>tensor</th><th>survived</th><th>cosine</th></tr>{rows}</table>"
 
 
 def _number(value: float | None) -> str:

@@ -16,6 +16,7 @@ import yaml
 from edits.checkpoint.folder import OURS
 from steer.artifacts import code_version
 from steer.errors import SteerError
+from steer.files import write_text
 from steer.identity import known_keys
 
 FORMAT = 1
@@ -93,11 +94,8 @@ class Manifest:
         """Write the manifest into a folder, in place of one that may be there."""
         data = asdict(self) | {"code_version": code_version()}
         data["tensors"], data["files"] = list(data["tensors"]), list(data["files"])
-        path = folder / MANIFEST
-        temporary = path.with_name(path.name + ".writing")
-        temporary.write_text(yaml.safe_dump(data, sort_keys=False, width=4096, allow_unicode=True), encoding="utf-8")
-        temporary.chmod(0o644)
-        temporary.replace(path)
+        text = yaml.safe_dump(data, sort_keys=False, width=4096, allow_unicode=True)
+        write_text(folder / MANIFEST, text, overwrite=True)
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from edits.checkpoint.plan import plan
-from steer.cli.options import Json, Model, Quiet, Resume
+from steer.cli.options import Json, Model, Quiet, Resume, Seed
 from steer.cli.output import Output
 from steer.errors import SteerError
 from steer.patches import Patch
@@ -27,6 +27,7 @@ def command(
         bool, typer.Option("--keep-undo", help="Store the original columns, so that revert needs no base.")
     ] = False,
     anatomy: Annotated[Path | None, typer.Option("--anatomy", help="Your record of an unknown family.")] = None,
+    seed: Seed = 0,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -52,7 +53,7 @@ def command(
     with output.progress("writing", made.bytes_to_write) as bar:
         done = made.apply(out, resume=resume, link=link, keep_undo=keep_undo, progress=bar.add)
     output.table(
-        str(done),
+        done.summary(),
         ["matrix", "tensor", "survived", "cosine"],
         [(t.matrix, t.name, t.survived, t.cosine) for t in done.manifest.tensors],
     )

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from edits.checkpoint.undo import revert
-from steer.cli.options import Json, Quiet
+from steer.cli.options import Json, Quiet, Seed
 from steer.cli.output import Output
 
 
@@ -20,6 +20,7 @@ def command(
     base: Annotated[
         Path | None, typer.Option("--base", help="Where the base lies now, if it has moved.", show_default=False)
     ] = None,
+    seed: Seed = 0,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:

@@ -10,7 +10,7 @@ import typer
 from edits.checkpoint.compare import OnDisk
 from edits.verify import Subject as Side
 from edits.verify import verify
-from steer.cli.options import Json, Quiet, Subject
+from steer.cli.options import Json, Quiet, Seed, Subject
 from steer.cli.output import Output
 from steer.errors import SteerError
 from steer.patches import Patch
@@ -31,6 +31,7 @@ def command(
         float | None,
         typer.Option("--tolerance", help="Largest logit difference that passes.", show_default="3 x floor"),
     ] = None,
+    seed: Seed = 0,
     json: Json = False,
     quiet: Quiet = False,
 ) -> int:

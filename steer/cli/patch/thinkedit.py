@@ -10,7 +10,7 @@ import typer
 from edits.checkpoint.apply import pin
 from edits.checkpoint.plan import plan
 from edits.thinkedit import thinkedit
-from steer.cli.options import Json, Model, Out, Quiet
+from steer.cli.options import Json, Model, Out, Quiet, Seed
 from steer.cli.output import Output
 from steer.directions import Direction
 from steer.errors import SteerError
@@ -38,6 +38,7 @@ def command(
     through_norm: Annotated[
         bool, typer.Option("--through-norm", help="Aim behind the norm that follows the projection (loads the model).")
     ] = False,
+    seed: Seed = 0,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:

@@ -1,0 +1,231 @@
+"""A folder is whole, or partial and can be finished to the same bytes, or not there."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+
+from edits.checkpoint import folder as module
+from edits.checkpoint.folder import JOURNAL, FileTask, FolderPlan, Progress, partial_name, write_folder
+from edits.checkpoint.stream import Json, write_all
+from steer.errors import SteerError
+from tests.edits.material import contents
+
+FILES = {"a.bin": b"a" * 1000, "b/c.bin": b"c" * 10, "empty": b"", "z.txt": b"last"}
+
+
+class Stopped(Exception):
+    """Stands for a kill: the process goes no further."""
+
+
+def planned(made: list[str] | None = None, fail: str = "", error: type[BaseException] | OSError = Stopped, key: object = 1) -> FolderPlan:
+    """Tasks that write FILES; the task named `fail` writes half of its bytes and raises."""
+
+    def task(name: str, data: bytes) -> FileTask:
+        def write(target: int, progress: Progress) -> Json:
+            if name == fail:
+                write_all(target, data[: len(data) // 2], 0)
+                raise error
+            if made is not None:
+                made.append(name)
+            write_all(target, data, 0)
+            progress(len(data))
+            return {"first": data[:1].decode()}
+
+        return FileTask(name, len(data), write, lambda path, record: path.read_bytes()[:1].decode() == record["first"])
+
+    def seal(partial: Path, records: Mapping[str, Json]) -> None:
+        (partial / "steer" / "sealed.json").write_text(json.dumps({name: records[name] for name in sorted(records)}))
+
+    tasks = [task(name, data) for name, data in FILES.items()]
+    return FolderPlan(tasks, {"key": key}, seal, lambda partial: (partial / "steer" / "sealed.json").exists())
+
+
+def expected(tmp_path: Path) -> dict[str, bytes]:
+    return contents(write_folder(tmp_path / "undisturbed", planned()))
+
+
+def test_writes_every_file_with_mode_0644_and_counts_bytes(tmp_path: Path) -> None:
+    old, counted = os.umask(0o077), []
+    try:
+        out = write_folder(tmp_path / "new" / "out", planned(), progress=counted.append)
+    finally:
+        os.umask(old)
+    found = contents(out)
+    sealed = found.pop("steer/sealed.json")
+    assert found == FILES and set(json.loads(sealed)) == set(FILES)
+    assert {oct((out / name).stat().st_mode & 0o777) for name in FILES} == {"0o644"}
+    assert sum(counted) == sum(map(len, FILES.values()))
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["out"]
+
+
+@pytest.mark.parametrize("name", list(FILES))
+def test_a_stopped_run_leaves_a_partial_folder_that_resumes_to_the_same_bytes(tmp_path: Path, name: str) -> None:
+    out, made = tmp_path / "out", []
+    with pytest.raises(Stopped):
+        write_folder(out, planned(made, fail=name))
+    assert not out.exists() and partial_name(out).is_dir()
+    first = len(made)
+    counted: list[int] = []
+    write_folder(out, planned(made), resume=True, progress=counted.append)
+    assert contents(out) == expected(tmp_path) and not partial_name(out).exists()
+    assert len(made) == len(FILES) and len(set(made)) == len(FILES), f"{first} finished files were not made again"
+    assert sum(counted) == sum(map(len, FILES.values()))
+
+
+def test_a_finished_file_that_was_damaged_is_made_again(tmp_path: Path) -> None:
+    for damage in (b"b" * 1000, b"short"):
+        out, made = tmp_path / f"out{len(damage)}", []
+        with pytest.raises(Stopped):
+            write_folder(out, planned(made, fail="z.txt"))
+        (partial_name(out) / "a.bin").write_bytes(damage)
+        write_folder(out, planned(made), resume=True)
+        assert made.count("a.bin") == 2 and contents(out) == expected(tmp_path / str(len(damage)))
+
+
+def test_a_torn_last_line_of_the_journal_costs_one_file(tmp_path: Path) -> None:
+    out, made = tmp_path / "out", []
+    with pytest.raises(Stopped):
+        write_folder(out, planned(made, fail="empty"))
+    journal = partial_name(out) / JOURNAL
+    journal.write_bytes(journal.read_bytes()[:-9])
+    write_folder(out, planned(made), resume=True)
+    assert made == ["a.bin", "b/c.bin", "b/c.bin", "empty", "z.txt"] and contents(out) == expected(tmp_path)
+
+
+@pytest.mark.parametrize("when", ["before anything", "journal empty", "sealed"])
+def test_the_narrow_moments_can_be_resumed_too(tmp_path: Path, when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    if when == "sealed":
+
+        def stop(partial: Path, out: Path) -> None:
+            raise Stopped
+
+        monkeypatch.setattr(module, "_publish", stop)
+        with pytest.raises(Stopped):
+            write_folder(out, planned())
+        monkeypatch.undo()
+    else:
+        (partial_name(out) / "steer").mkdir(parents=True)
+        if when == "journal empty":
+            (partial_name(out) / JOURNAL).touch()
+    write_folder(out, planned(), resume=True)
+    assert contents(out) == expected(tmp_path)
+
+
+def test_what_is_in_the_way_is_refused_and_kept(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    for place in (out, tmp_path / "dangling"):
+        if place != out:
+            place.symlink_to(tmp_path / "nowhere")
+        with pytest.raises(SteerError, match="exists"):
+            write_folder(place, planned(), resume=True)
+    out.rmdir()
+    with pytest.raises(Stopped):
+        write_folder(out, planned(fail="z.txt"))
+    before = contents(partial_name(out))
+    with pytest.raises(SteerError, match="did not finish"):
+        write_folder(out, planned())
+    with pytest.raises(SteerError, match="something else"):
+        write_folder(out, planned(key=2), resume=True)
+    assert contents(partial_name(out)) == before
+
+
+def test_a_partial_folder_of_somebody_else_is_refused(tmp_path: Path) -> None:
+    partial = partial_name(tmp_path / "out")
+    partial.mkdir()
+    (partial / "thesis.txt").write_text("keep")
+    with pytest.raises(SteerError, match="journal"):
+        write_folder(tmp_path / "out", planned(), resume=True)
+    assert contents(partial) == {"thesis.txt": b"keep"}
+
+
+def test_two_writers_do_not_mix(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    def intrude(target: int, progress: Progress) -> Json:
+        with pytest.raises(SteerError, match="nother process"):
+            write_folder(out, planned(key="same"), resume=True)
+        return {}
+
+    first = FileTask("x", 0, intrude, lambda path, record: True)
+    write_folder(out, FolderPlan([first, *planned().tasks], {"key": "same"}, lambda partial, records: None, lambda partial: False))
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG])
+def test_a_refusing_disk_is_one_paragraph_and_can_be_resumed(tmp_path: Path, number: int) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(SteerError, match="resume") as caught:
+        write_folder(out, planned(fail="b/c.bin", error=OSError(number, os.strerror(number))))
+    assert os.strerror(number) in str(caught.value) and not out.exists()
+    write_folder(out, planned(), resume=True)
+    assert contents(out) == expected(tmp_path)
+
+
+@pytest.mark.parametrize("place", ["file/out", "file/deeper/out"])
+def test_a_place_that_cannot_be_written_leaves_nothing(tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(SteerError, match="failed"):
+        write_folder(tmp_path / place, planned())
+    assert contents(tmp_path) == {"file": b"in the way"}
+
+
+def test_too_little_room_is_said_before_the_first_byte(tmp_path: Path) -> None:
+    huge = FileTask("huge", 1 << 60, lambda target, progress: {}, lambda path, record: True)
+    with pytest.raises(SteerError, match="GB free"):
+        write_folder(tmp_path / "out", FolderPlan([huge], {}, lambda partial, records: None, lambda partial: False))
+    assert list(tmp_path.iterdir()) == []
+
+
+def linking(source: Path, written: list[str]) -> FolderPlan:
+    def write(target: int, progress: Progress) -> Json:
+        written.append("copied")
+        write_all(target, source.read_bytes(), 0)
+        return {}
+
+    task = FileTask("x", source.stat().st_size, write, lambda path, record: True, link=source)
+    return FolderPlan([task], {}, lambda partial, records: None, lambda partial: False)
+
+
+def test_links_go_to_the_file_behind_a_symbolic_link(tmp_path: Path) -> None:
+    (tmp_path / "blob").write_bytes(b"data")
+    (tmp_path / "blob").chmod(0o600)
+    (tmp_path / "name").symlink_to("blob")
+    written: list[str] = []
+    out = write_folder(tmp_path / "out", linking(tmp_path / "name", written))
+    assert os.path.samefile(out / "x", tmp_path / "blob") and not (out / "x").is_symlink() and not written
+    assert (tmp_path / "blob").stat().st_mode & 0o777 == 0o600, "the shared file keeps its mode"
+
+
+def test_a_link_that_is_not_possible_is_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(source: object, target: object) -> None:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", refuse)
+    (tmp_path / "blob").write_bytes(b"data")
+    written: list[str] = []
+    out = write_folder(tmp_path / "out", linking(tmp_path / "blob", written))
+    assert written == ["copied"] and contents(out) == {"x": b"data"} and (out / "x").stat().st_nlink == 1
+
+
+def test_names_are_flushed_before_the_folder_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Order on disk: every file, then every folder, then the new name, then the parent."""
+    events: list[str] = []
+    fsync: Callable[[int], None] = os.fsync
+
+    def noted(descriptor: int) -> None:
+        events.append(str(Path(f"/proc/self/fd/{descriptor}").readlink()))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    write_folder(tmp_path / "out", planned())
+    partial = str(tmp_path / "out.partial")
+    assert events[: len(FILES)] == [f"{partial}/{name}.writing" for name in FILES]
+    assert events[-1] == str(tmp_path) and events[-2] == partial
+    assert set(events[len(FILES) : -1]) == {partial, f"{partial}/b", f"{partial}/steer"}
