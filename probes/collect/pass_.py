@@ -76,7 +76,7 @@ def read_batch(model: SteerableModel, prepared: Sequence[Prepared], batch: Batch
 
 
 def _check_finite(key: str, values: Tensor, batch: Batch, job: Job) -> None:
-    wrong = ~torch.isfinite(values.flatten(1)).all(1)
+    wrong = ~torch.isfinite(values.reshape(len(values), -1)).all(1)
     if not bool(wrong.any()):
         return
     row = int(wrong.int().argmax())
@@ -86,7 +86,7 @@ def _check_finite(key: str, values: Tensor, batch: Batch, job: Job) -> None:
         places = (~torch.isfinite(values[row].flatten(1)).all(1)).int()
         where = f" in layer {kept.layers[int(places.argmax())]}"
     raise SteerError(
-        f"{key} of trace {batch.traces[row].id!r} is NaN or infinite{where}",
+        f"in trace {batch.traces[row].id!r} the mean {key} is NaN or infinite{where}",
         "finite activations",
         "Load the model in float32 or bfloat16, or leave that trace out",
     )
@@ -97,7 +97,7 @@ def _narrowed(key: str, values: Tensor, job: Job) -> Tensor:
     narrow = values.to(dtype)
     if not bool(torch.isfinite(narrow).all()):
         raise SteerError(
-            f"{key} reaches {float(values.abs().max()):.3g}",
+            f"the mean {key} reaches {float(values.abs().max()):.3g}",
             f"values below {torch.finfo(dtype).max:.3g}, the largest {dtype}",
             "Keep bfloat16 or float32",
         )

@@ -134,10 +134,9 @@ def _run(
 
 
 def _shard(job: Job, shard: Shard, folder: Path | None, journal: Journal | None) -> ShardStore:
-    name = f"shard-{shard.index:05d}.safetensors"
     if folder is None or journal is None:
-        return MemoryShard(name, *read_shard(job, shard))
-    path = folder / name
+        return MemoryShard(*read_shard(job, shard))
+    path = folder / f"shard-{shard.index:05d}.safetensors"
     if journal.has(shard) and path.is_file():
         return FileShard(path, journal.read(shard).decode())
     began = time.perf_counter()

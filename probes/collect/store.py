@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,19 +19,8 @@ from steer.errors import SteerError
 class ShardStore(Protocol):
     """Rows and tensors of a shard."""
 
-    @property
-    def file(self) -> str:
-        """Name of its file in the summary's folder."""
-        ...
-
-    @property
-    def tensors_id(self) -> str:
-        """Hash of its tensors."""
-        ...
-
-    @property
-    def rows(self) -> tuple[Row, ...]:
-        """One per row of every tensor."""
+    def read_rows(self) -> tuple[Row, ...]:
+        """Return one row per row of every tensor."""
         ...
 
     def tensor(self, name: str, axis: Sequence[int] | None = None) -> Tensor:
@@ -44,14 +32,12 @@ class ShardStore(Protocol):
 class MemoryShard:
     """A shard in memory."""
 
-    file: str
     rows: tuple[Row, ...]
     tensors: Mapping[str, Tensor]
 
-    @cached_property
-    def tensors_id(self) -> str:
-        """Hash of its tensors."""
-        return artifacts.tensors_id(self.tensors)
+    def read_rows(self) -> tuple[Row, ...]:
+        """Return one row per row of every tensor."""
+        return self.rows
 
     def tensor(self, name: str, axis: Sequence[int] | None = None) -> Tensor:
         """Return a quantity, (row, *shape); `axis` picks places on the first axis of the shape."""
@@ -71,9 +57,8 @@ class FileShard:
         """Name of the file."""
         return self.path.name
 
-    @cached_property
-    def rows(self) -> tuple[Row, ...]:
-        """The rows in the file's header.
+    def read_rows(self) -> tuple[Row, ...]:
+        """Return the rows in the file's header.
 
         Raises:
             SteerError: no such file, a damaged one, or not the one that was listed.

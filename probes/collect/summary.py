@@ -18,7 +18,7 @@ from torch import Tensor
 
 from probes.collect.recorders import Kept, Layers
 from probes.collect.rows import Row
-from probes.collect.store import ShardStore
+from probes.collect.store import FileShard, ShardStore
 from probes.collect.summary_file import FILE, open_shard, parse_kept, read_meta, text_of
 from steer.errors import SteerError
 from steer.files import write_text
@@ -71,7 +71,7 @@ class Summary:
     @cached_property
     def rows(self) -> tuple[Row, ...]:
         """The rows of every tensor, in order: traces by shard, or groups by label."""
-        parts = [row for shard in self.shards for row in shard.rows]
+        parts = [row for shard in self.shards for row in shard.read_rows()]
         if self.keep == "trace":
             return tuple(parts)
         return tuple(_joined([row for row in parts if row.id == label]) for label in sorted({row.id for row in parts}))
@@ -152,7 +152,7 @@ class Summary:
         for shard in self.shards:
             values = shard.tensor(name, axis)
             total = values.new_zeros(len(places), *values.shape[1:]) if total is None else total
-            total.index_add_(0, torch.tensor([places[row.id] for row in shard.rows]), values)
+            total.index_add_(0, torch.tensor([places[row.id] for row in shard.read_rows()]), values)
         if total is not None:
             yield 0, self._divided(name, total)
 
@@ -188,7 +188,11 @@ class Summary:
 
     def finish(self, folder: Path) -> Summary:
         """Write `summary.yaml`, last of all, and return the summary that reads from `folder`."""
-        write_text(folder / FILE, text_of(self.meta, self.shards), overwrite=True)
+        write_text(
+            folder / FILE,
+            text_of(self.meta, [shard for shard in self.shards if isinstance(shard, FileShard)]),
+            overwrite=True,
+        )
         return Summary(self.meta, self.shards, folder)
 
     @classmethod

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from probes.collect.recorders import Kept
-from probes.collect.store import FileShard, ShardStore
+from probes.collect.store import FileShard
 from steer import artifacts, yaml_text
 from steer.errors import SteerError
 from steer.identity import canonical, known_keys
@@ -88,7 +88,7 @@ def open_shard(folder: Path, entry: object) -> FileShard:
     return FileShard(folder / str(entry["file"]), str(entry["tensors_id"]))
 
 
-def text_of(meta: Mapping[str, Any], shards: Sequence[ShardStore]) -> str:
+def text_of(meta: Mapping[str, Any], shards: Sequence[FileShard]) -> str:
     """Return the content of `summary.yaml`: one text for equal summaries."""
     entries = [{"file": shard.file, "tensors_id": shard.tensors_id} for shard in shards]
     plain = json.loads(canonical({**meta, "shards": entries}))  # A copy without shared lists, which YAML would alias.

@@ -73,5 +73,5 @@ def summary(rows: Sequence[Row], values: dict[str, torch.Tensor], span: str = "t
         "quantities": {name: describe(kept) for name, kept in quantities.items()},
     }
     starts = range(0, len(rows), shard)
-    shards = [MemoryShard(f"shard-{n}", tuple(rows[start : start + shard]), {name: value[start : start + shard] for name, value in values.items()}) for n, start in enumerate(starts)]
+    shards = [MemoryShard(tuple(rows[start : start + shard]), {name: value[start : start + shard] for name, value in values.items()}) for start in starts]
     return Summary(meta, shards)

@@ -1,0 +1,66 @@
+"""A killed process, a full disk and a folder without rights: nothing half-written, and the same bytes in the end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+import probes
+from tests.probes import made
+from tests.probes.test_collect import content
+
+pytestmark = pytest.mark.faults
+CODE = """
+    import os, resource, signal, sys, torch
+    torch.set_num_threads(1)
+    import probes
+    from tests.probes import made
+
+    def progress(state):
+        if state.shards == int(sys.argv[2]):
+            {fault}
+
+    probes.collect(made.model(), made.traces(75, longest=12), sys.argv[1], progress=progress)
+"""
+
+
+def run(folder: Path, shards: int, fault: str) -> subprocess.CompletedProcess[str]:
+    """Collect in another process, where `fault` happens after some shards."""
+    code = textwrap.dedent(CODE).format(fault=fault)
+    return subprocess.run([sys.executable, "-c", code, str(folder), str(shards)], cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
+
+
+def test_a_killed_run_resumes_to_the_same_bytes(tmp_path: Path) -> None:
+    killed = run(tmp_path / "killed", 2, "os.kill(os.getpid(), signal.SIGKILL)")
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert len(list((tmp_path / "killed").glob("shard-*.safetensors"))) == 2
+    assert not (tmp_path / "killed" / "summary.yaml").exists()
+    probes.collect(made.model(), made.traces(75, longest=12), tmp_path / "killed", resume=True)
+    probes.collect(made.model(), made.traces(75, longest=12), tmp_path / "whole")
+    assert content(tmp_path / "killed") == content(tmp_path / "whole")
+
+
+def test_a_full_disk_keeps_finished_shards_and_no_half_one(tmp_path: Path) -> None:
+    """A limit on the size of files stands for the disk: writing past it fails the same way."""
+    full = run(tmp_path / "full", 1, "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))")
+    assert full.returncode == 1
+    assert "OSError" in full.stderr or "SafetensorError" in full.stderr
+    assert [path.name for path in (tmp_path / "full").glob("shard-*")] == ["shard-00000.safetensors"]
+    assert not list((tmp_path / "full").rglob("*.partial"))
+    probes.collect(made.model(), made.traces(75, longest=12), tmp_path / "full", resume=True)
+    probes.collect(made.model(), made.traces(75, longest=12), tmp_path / "whole")
+    assert content(tmp_path / "full") == content(tmp_path / "whole")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_rights_is_an_os_error(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(PermissionError):
+        probes.collect(made.model(), made.traces(2), tmp_path / "s")
+    tmp_path.chmod(0o700)
