@@ -59,6 +59,12 @@ class _Checker:
         self.worst: dict[str, tuple[float, int]] = {}
 
     def __call__(self, site: str, layer: int, value: Tensor, states: Tensor | None) -> None:
+        if not bool(torch.isfinite(value).all()):
+            raise SteerError(
+                f"{site} of layer {layer} of {self.model.name} is NaN or infinite on a short text of ordinary tokens",
+                "finite activations",
+                "The weights are damaged, or overflow in this dtype: download them again, or load with dtype=torch.float32",
+            )
         self.seen[site] = value
         if site == "resid_post":
             for name, left, right in self._identities(layer):

@@ -1,0 +1,158 @@
+"""Anatomies: headers and loaded models agree, numbers are counted, and what does not fit is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import steer
+from steer import SteerError
+from steer.anatomy import read_headers, read_record, resolve
+from steer.anatomy.modules import places, shapes_of
+from steer.anatomy.record import FAMILIES
+from steer.identity import shape_id
+from tests.tiny import FAMILIES as TINY
+
+
+def of_folder(folder):
+    headers = read_headers(folder)
+    return headers, resolve(headers.config, headers.shapes)
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_headers_and_memory_give_one_anatomy(tiny, tiny_folder, family):
+    headers, on_disk = of_folder(tiny_folder(family))
+    hf, tokenizer = tiny(family)
+    in_memory = steer.wrap(hf, tokenizer).anatomy
+    assert on_disk.numbers() == in_memory.numbers() and shape_id(on_disk.numbers()) == shape_id(in_memory.numbers())
+    assert (on_disk.biases, on_disk.dense_mlp_layers, on_disk.tied) == (in_memory.biases, in_memory.dense_mlp_layers, in_memory.tied)
+    config = hf.config
+    assert on_disk.tied == config.tie_word_embeddings == ("lm_head.weight" not in headers.tensors)
+    attention = hf.model.layers[0].self_attn
+    assert on_disk.head_width == attention.head_dim and on_disk.heads == config.num_attention_heads
+    assert on_disk.kv_heads == config.num_key_value_heads and on_disk.vocab == config.vocab_size
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_disk_names_are_those_of_the_checkpoint(tiny, tiny_folder, family):
+    headers, anatomy = of_folder(tiny_folder(family))
+    hf, _ = tiny(family)
+    found = places(hf, anatomy)
+    memory = {id(parameter): name for name, parameter in hf.named_parameters()}
+    for layer in range(anatomy.layers):
+        for module in ("attention_output", "mlp_output"):
+            if module == "mlp_output" and layer not in anatomy.dense_mlp_layers:
+                continue
+            projection = getattr(found.layers[layer], module)
+            name = anatomy.disk_name(module, layer)
+            assert name == memory[id(projection.weight)] and headers.tensors[name].shape == tuple(projection.weight.shape)
+            assert anatomy.shape(module, layer) == tuple(projection.weight.shape)
+            assert anatomy.has_bias(module, layer) == (projection.bias is not None) == (anatomy.bias_name(module, layer) in headers.tensors)
+    assert anatomy.disk_name("embedding") == "model.embed_tokens.weight"
+    assert anatomy.disk_name("head") == ("model.embed_tokens.weight" if anatomy.tied else "lm_head.weight")
+
+
+def test_head_width_is_counted_never_divided(tiny_folder):
+    _, anatomy = of_folder(tiny_folder("qwen3"))
+    assert anatomy.head_width == 16 != anatomy.hidden // anatomy.heads
+    headers = read_headers(tiny_folder("qwen3"))
+    without = {key: value for key, value in headers.config.items() if key != "head_dim"}
+    assert resolve(without, headers.shapes).head_width == 16
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_tied_and_untied_embeddings(tiny_folder, tied):
+    headers, anatomy = of_folder(tiny_folder("qwen2", tie_word_embeddings=tied))
+    assert anatomy.tied is tied and ("head", -1) in anatomy.shapes or tied
+    without = {key: value for key, value in headers.config.items() if key != "tie_word_embeddings"}
+    assert resolve(without, headers.shapes).tied is False  # What Qwen2Config assumes.
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_output_biases_are_seen_in_the_headers(tiny_folder, bias):
+    _, anatomy = of_folder(tiny_folder("llama", attention_bias=bias, mlp_bias=not bias))
+    assert all(anatomy.has_bias("attention_output", layer) == bias for layer in range(4))
+    assert all(anatomy.has_bias("mlp_output", layer) != bias for layer in range(4))
+
+
+@pytest.mark.parametrize(("listed", "step", "dense"), [([0, 2], 1, (0, 2)), ([], 2, (0, 2)), ([1], 2, (0, 1, 2)), ([], 1, ())])
+def test_dense_layers_of_a_mixture_follow_the_configuration(tiny, tiny_folder, listed, step, dense):
+    _, anatomy = of_folder(tiny_folder("qwen3_moe", mlp_only_layers=listed, decoder_sparse_step=step))
+    assert anatomy.dense_mlp_layers == dense
+    hf, tokenizer = tiny("qwen3_moe", mlp_only_layers=listed, decoder_sparse_step=step)
+    assert steer.wrap(hf, tokenizer).anatomy.dense_mlp_layers == dense
+    for layer in set(range(4)) - set(dense):
+        with pytest.raises(SteerError, match="experts"):
+            anatomy.disk_name("mlp_output", layer)
+
+
+def test_contributions(tiny_folder):
+    assert of_folder(tiny_folder("llama"))[1].attention_contribution.kind == "identity"
+    granite = of_folder(tiny_folder("granite"))[1].mlp_contribution
+    assert (granite.kind, granite.multiplier) == ("scale", 0.22)
+    gemma = of_folder(tiny_folder("gemma3_text"))[1]
+    assert (gemma.attention_contribution.norm, gemma.mlp_contribution.norm) == ("post_attention_layernorm", "post_feedforward_layernorm")
+    headers = read_headers(tiny_folder("granite"))
+    without = {key: value for key, value in headers.config.items() if key != "residual_multiplier"}
+    assert resolve(without, headers.shapes).attention_contribution.multiplier == 1.0
+    with pytest.raises(SteerError, match=r"residual_multiplier = 0"):
+        resolve({**headers.config, "residual_multiplier": 0}, headers.shapes)
+
+
+def test_a_family_without_a_record_shows_its_tensors_and_the_way_out(tiny_folder):
+    headers = read_headers(tiny_folder("llama"))
+    with pytest.raises(SteerError) as caught:
+        resolve({**headers.config, "model_type": "novel"}, headers.shapes)
+    text = str(caught.value)
+    for part in ("'novel'", "model.layers.0.self_attn.o_proj.weight [48, 48]", "model.embed_tokens.weight", "anatomy=FILE", "docs/anatomy.md", "qwen3_moe"):
+        assert part in text
+    assert "layers.1." not in text
+
+
+def test_a_users_record_makes_an_unknown_family_known(tmp_path, tiny_folder):
+    headers = read_headers(tiny_folder("llama"))
+    path = tmp_path / "novel.yaml"
+    path.write_text((FAMILIES / "llama.yaml").read_text().replace("[llama]", "[novel]").replace("family: llama", "family: novel"))
+    anatomy = resolve({**headers.config, "model_type": "novel"}, headers.shapes, read_record(path))
+    assert anatomy.family == "novel" and anatomy.head_width == 12
+    with pytest.raises(SteerError, match="describes novel"):
+        resolve(headers.config, headers.shapes, read_record(path))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("num_hidden_layers", 5, r"no tensor model\.layers\.4\.self_attn\.o_proj\.weight"),
+        ("num_hidden_layers", None, "num_hidden_layers = None"),
+        ("num_attention_heads", 5, "one shape"),
+        ("hidden_size", 64, "one shape"),
+        ("num_attention_heads", "4", "whole number"),
+    ],
+)
+def test_numbers_that_do_not_fit_the_tensors(tiny_folder, key, value, words):
+    headers = read_headers(tiny_folder("llama"))
+    with pytest.raises(SteerError, match=words):
+        resolve({**headers.config, key: value}, headers.shapes)
+
+
+def test_a_quantised_checkpoint_without_plain_weights_says_so(tiny_folder):
+    headers = read_headers(tiny_folder("llama"))
+    packed = {name.replace("o_proj.weight", "o_proj.qweight"): shape for name, shape in headers.shapes.items()}
+    with pytest.raises(SteerError, match=r"quantised \(gptq\)"):
+        resolve({**headers.config, "quantization_config": {"quant_method": "gptq"}}, packed)
+
+
+def test_modules_and_layers_out_of_range(tiny_folder):
+    _, anatomy = of_folder(tiny_folder("llama"))
+    for module, layer in (("attention_output", 4), ("mlp_output", -1)):
+        with pytest.raises(SteerError, match="layers 0 to 3"):
+            anatomy.disk_name(module, layer)
+    with pytest.raises(SteerError, match="no module 'query'"):
+        anatomy.disk_name("query", 0)
+
+
+def test_shapes_of_a_packed_projection_come_from_the_module(tiny):
+    hf, _ = tiny("llama")
+    projection = hf.model.layers[0].self_attn.o_proj
+    projection.weight = torch.nn.Parameter(torch.zeros(1152, 1, dtype=torch.uint8), requires_grad=False)
+    assert shapes_of(hf)["model.layers.0.self_attn.o_proj.weight"] == (48, 48)
