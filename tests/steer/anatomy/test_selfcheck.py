@@ -103,5 +103,5 @@ def test_nan_weights_are_refused(tiny):
     hf, tokenizer = tiny("llama")
     with torch.no_grad():
         hf.model.layers[1].mlp.down_proj.weight[0, 0] = torch.nan
-    with pytest.raises(SteerError, match=r"mlp_raw of layer 1 .* NaN or infinite.*dtype"):
+    with pytest.raises(SteerError, match=r"(?i)mlp_raw of layer 1 .* NaN or infinite.*dtype"):
         steer.wrap(hf, tokenizer)
