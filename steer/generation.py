@@ -65,6 +65,7 @@ class _Counter:
 
     def __init__(self, total: int, tell: Callable[[Progress], None] | None) -> None:
         self.total, self.tell, self.done, self.tokens, self.start = total, tell, 0, 0, time.monotonic()
+        self.warned = False
 
     def add(self, tokens: int, done: int) -> None:
         self.tokens += tokens
@@ -130,7 +131,9 @@ def generate(
         SteerError: bad prompts or options, a template without the switch, or logits that are not numbers.
     """
     if model.tokenizer is None:
-        raise SteerError("the model has no tokenizer", "one that encodes the prompts", "Give one to steer.wrap(hf_model, tokenizer)")
+        raise SteerError(
+            "the model has no tokenizer", "one that encodes the prompts", "Give one to steer.wrap(hf_model, tokenizer)"
+        )
     sampling = Sampling.of(model) if sampling is None else sampling
     named = {prompt.id: prompt for prompt in as_prompts(prompts)}
     shards = cut([prompt.id for prompt in as_prompts(prompts)])
@@ -223,6 +226,12 @@ def _shard(
         for prompt in sorted(prompts, key=lambda prompt: prompt.id)
         for sample in range(samples)
     ]
+    shortest = min((reply.limit for reply in replies), default=sampling.max_new_tokens)
+    if shortest < sampling.max_new_tokens and not counter.warned:
+        counter.warned = True
+        logger.warning(
+            "prompts leave room for as few as %d new tokens, not the %d allowed.", shortest, sampling.max_new_tokens
+        )
     # Followed once around all forwards: entered anew for every one, the hooks would be installed anew each time.
     with torch.no_grad(), model.active(), model.at(Positions(model.marks, [1])):
         _decode(model, replies, sampling, policy, batch_size, counter, on_token)
@@ -238,13 +247,6 @@ def _reply(model: Decodable, prompt: Prompt, rendered: Rendered, sample: int, sa
             f"prompt {prompt.id} has {length} tokens",
             f"fewer than the {room} that this model reads",
             "Shorten the prompt",
-        )
-    if limit < sampling.max_new_tokens:
-        logger.warning(
-            "prompt %s leaves room for %d new tokens, fewer than the %d asked for.",
-            prompt.id,
-            limit,
-            sampling.max_new_tokens,
         )
     numbers = uniforms(seed, prompt.id, sample, limit) if sampling.temperature > 0 else np.zeros(0)
     return Reply(prompt, rendered, sample, limit, numbers)
