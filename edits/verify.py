@@ -280,6 +280,7 @@ def _copied(model: SteerableModel, dtype: torch.dtype) -> SteerableModel:
             if isinstance(change, Patch):
                 stack.enter_context(change.on(model, scale))
         hf = copy.deepcopy(model.hf).to(dtype)
+    hf.set_experts_implementation("eager")  # The default kernel for experts has no float64.
     again = wrap(
         hf, model.tokenizer, name=model.name, anatomy=model.anatomy.record, marks=model.marks, self_check=False
     )

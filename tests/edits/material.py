@@ -17,7 +17,9 @@ FAMILIES = tuple(tiny.FAMILIES)
 HEADS = ((0, (1, 3)), (2, (0,)))
 
 
-def patch(heads: Sequence[tuple[int, Sequence[int]]] = HEADS, weight: float = 1.0, seed: int = 7, hidden: int = HIDDEN) -> Patch:
+def patch(
+    heads: Sequence[tuple[int, Sequence[int]]] = HEADS, weight: float = 1.0, seed: int = 7, hidden: int = HIDDEN
+) -> Patch:
     """Return a patch with a random direction per layer."""
     generator = torch.Generator().manual_seed(seed)
     operations = [
@@ -34,7 +36,9 @@ def attention_output(model: Any, layer: int) -> torch.nn.Parameter:
 
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file of a folder, by name."""
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
+    }
 
 
 def matrix(layer: int) -> Matrix:

@@ -41,12 +41,16 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 def head_width(folder: Path) -> int:
     config = json.loads((folder / "config.json").read_text())
-    return next(t.shape[1] for name, t in tensors(folder).items() if name.endswith("layers.0.self_attn.o_proj.weight")) // int(config["num_attention_heads"])
+    return next(
+        t.shape[1] for name, t in tensors(folder).items() if name.endswith("layers.0.self_attn.o_proj.weight")
+    ) // int(config["num_attention_heads"])
 
 
 @pytest.mark.parametrize("shard", ["5GB", "60KB"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_disk_holds_what_the_pure_function_says_and_nothing_else_changes(tiny_folder: Folder, tmp_path: Path, family: str, shard: str) -> None:
+def test_disk_holds_what_the_pure_function_says_and_nothing_else_changes(
+    tiny_folder: Folder, tmp_path: Path, family: str, shard: str
+) -> None:
     base = tiny_folder(family, dtype=torch.bfloat16, max_shard_size=shard)
     assert (len(list(base.glob("*.safetensors"))) > 1) == (shard == "60KB")
     change = patch()
@@ -86,7 +90,9 @@ def test_memory_and_disk_are_the_same_model(tiny_folder: Folder, tmp_path: Path,
 
 @pytest.mark.parametrize("dtype", list(DTYPES))
 @pytest.mark.parametrize("keep_undo", [False, True])
-def test_revert_gives_every_byte_of_every_file_back(tiny_folder: Folder, tmp_path: Path, dtype: str, keep_undo: bool) -> None:
+def test_revert_gives_every_byte_of_every_file_back(
+    tiny_folder: Folder, tmp_path: Path, dtype: str, keep_undo: bool
+) -> None:
     base = tmp_path / "base"
     shutil.copytree(tiny_folder("qwen3", dtype=DTYPES[dtype], max_shard_size="60KB"), base)
     (base / "deep" / "er").mkdir(parents=True)
@@ -177,7 +183,11 @@ def test_two_runs_give_the_same_bytes(tiny_folder: Folder, tmp_path: Path) -> No
 def test_thinkedit_on_disk_leaves_nothing_along_the_direction(tiny_folder: Folder, tmp_path: Path) -> None:
     base = tiny_folder("qwen3")
     vectors = torch.randn(4, 48, generator=torch.Generator().manual_seed(0))
-    done = thinkedit(Direction(vectors, (0, 1, 2, 3), "resid_mid"), [(1, 2), (3, 0), (1, 0)]).plan(base).apply(tmp_path / "out")
+    done = (
+        thinkedit(Direction(vectors, (0, 1, 2, 3), "resid_mid"), [(1, 2), (3, 0), (1, 0)])
+        .plan(base)
+        .apply(tmp_path / "out")
+    )
     model = AutoModelForCausalLM.from_pretrained(done)
     before = AutoModelForCausalLM.from_pretrained(base)
     for layer, head in ((1, 2), (3, 0), (1, 0)):
@@ -247,7 +257,12 @@ def test_revert_refuses_folders_that_are_none_of_ours(tiny_folder: Folder, tmp_p
     done = patch().plan(tiny_folder("llama")).apply(tmp_path / "out")
     path = done.path / "steer" / "manifest.yaml"
     text = path.read_text()
-    for broken, word in ((text + "extra: 1\n", "extra"), (text.replace("format: 1", "format: 9"), "format"), ("[", "damaged"), ("- 1", "format")):
+    for broken, word in (
+        (text + "extra: 1\n", "extra"),
+        (text.replace("format: 1", "format: 9"), "format"),
+        ("[", "damaged"),
+        ("- 1", "format"),
+    ):
         path.write_text(broken)
         with pytest.raises(SteerError, match=word):
             revert(done)

@@ -23,7 +23,9 @@ class Stopped(Exception):
     """Stands for a kill: the process goes no further."""
 
 
-def planned(made: list[str] | None = None, fail: str = "", error: type[BaseException] | OSError = Stopped, key: object = 1) -> FolderPlan:
+def planned(
+    made: list[str] | None = None, fail: str = "", error: type[BaseException] | OSError = Stopped, key: object = 1
+) -> FolderPlan:
     """Tasks that write FILES; the task named `fail` writes half of its bytes and raises."""
 
     def task(name: str, data: bytes) -> FileTask:
@@ -155,7 +157,10 @@ def test_two_writers_do_not_mix(tmp_path: Path) -> None:
         return {}
 
     first = FileTask("x", 0, intrude, lambda path, record: True)
-    write_folder(out, FolderPlan([first, *planned().tasks], {"key": "same"}, lambda partial, records: None, lambda partial: False))
+    write_folder(
+        out,
+        FolderPlan([first, *planned().tasks], {"key": "same"}, lambda partial, records: None, lambda partial: False),
+    )
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG])

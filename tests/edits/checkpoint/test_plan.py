@@ -51,7 +51,15 @@ def test_counts_what_is_touched_against_what_exists(tiny_folder: Folder, family:
 def test_says_itself_in_text_and_html(tiny_folder: Folder) -> None:
     made: Any = patch().plan(tiny_folder("qwen3", dtype=torch.bfloat16))
     for text in (str(made), made._repr_html_()):
-        for word in ("2/4 layers, 3/16 heads", NAME, "BF16", "48x64", "transformers", "vLLM", "layer 0, attention_output"):
+        for word in (
+            "2/4 layers, 3/16 heads",
+            NAME,
+            "BF16",
+            "48x64",
+            "transformers",
+            "vLLM",
+            "layer 0, attention_output",
+        ):
             assert word in text, word
     assert "<table>" in made._repr_html_()
 
@@ -86,12 +94,17 @@ def quantised(kind: str) -> Callable[[dict[str, torch.Tensor]], None]:
             tensors[NAME] = tensors[NAME].to(torch.float8_e4m3fn)
         elif kind == "mxfp4":
             del tensors[NAME]
-            tensors |= {f"{stem}_blocks": torch.zeros(4, dtype=torch.uint8), f"{stem}_scales": torch.zeros(4, dtype=torch.uint8)}
+            tensors |= {
+                f"{stem}_blocks": torch.zeros(4, dtype=torch.uint8),
+                f"{stem}_scales": torch.zeros(4, dtype=torch.uint8),
+            }
         elif kind in ("gptq", "awq"):
             for name in [name for name in tensors if name.endswith("o_proj.weight")]:
                 del tensors[name]
                 stem = name.removesuffix(".weight")
-                tensors |= {f"{stem}.{part}": torch.zeros(2, 2, dtype=torch.int32) for part in ("qweight", "qzeros", "scales")}
+                tensors |= {
+                    f"{stem}.{part}": torch.zeros(2, 2, dtype=torch.int32) for part in ("qweight", "qzeros", "scales")
+                }
         elif kind == "bitsandbytes":
             tensors[NAME] = torch.zeros(1536, 1, dtype=torch.uint8)
             tensors[f"{NAME}.absmax"] = torch.ones(48)
@@ -118,14 +131,18 @@ def test_a_checkpoint_with_other_parts_quantised_can_be_patched(tiny_folder: Fol
     base = rewritten(tiny_folder("llama"), tmp_path / "base", change)
     done = patch().plan(base).apply(tmp_path / "out")
     before, after = load_file(base / "model.safetensors"), load_file(done.path / "model.safetensors")
-    assert {name for name in before if not torch.equal(before[name].view(torch.uint8), after[name].view(torch.uint8))} == {NAME, NAME.replace("2", "0")}
+    assert {
+        name for name in before if not torch.equal(before[name].view(torch.uint8), after[name].view(torch.uint8))
+    } == {NAME, NAME.replace("2", "0")}
 
 
 def test_missing_tensors_and_odd_dtypes_are_refused(tiny_folder: Folder, tmp_path: Path) -> None:
     gone = rewritten(tiny_folder("llama"), tmp_path / "gone", lambda tensors: tensors.pop(NAME))  # type: ignore[arg-type, return-value]
     with pytest.raises(SteerError, match=NAME):
         patch().plan(gone)
-    integers = rewritten(tiny_folder("llama"), tmp_path / "int", lambda tensors: tensors.update({NAME: tensors[NAME].to(torch.int32)}))
+    integers = rewritten(
+        tiny_folder("llama"), tmp_path / "int", lambda tensors: tensors.update({NAME: tensors[NAME].to(torch.int32)})
+    )
     with pytest.raises(SteerError, match="I32"):
         patch().plan(integers)
 

@@ -44,8 +44,12 @@ def refuse(number: int) -> Any:
     return copy
 
 
-@pytest.mark.parametrize("refusal", [None, errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, "absent", "zero", "short"])
-def test_copies_whatever_the_kernel_says(pair: tuple[int, int, bytes], refusal: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "refusal", [None, errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, "absent", "zero", "short"]
+)
+def test_copies_whatever_the_kernel_says(
+    pair: tuple[int, int, bytes], refusal: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source, target, data = pair
     monkeypatch.setattr(stream, "STEP", 4096)
     real = os.copy_file_range
@@ -61,7 +65,9 @@ def test_copies_whatever_the_kernel_says(pair: tuple[int, int, bytes], refusal: 
     assert written(target)[10:] == data[10:]
 
 
-def test_a_full_disk_is_not_taken_for_a_missing_call(pair: tuple[int, int, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_not_taken_for_a_missing_call(
+    pair: tuple[int, int, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(os, "copy_file_range", refuse(errno.ENOSPC))
     with pytest.raises(OSError, match="No space"):
         copy_range(pair[0], pair[1], 0, SIZE)
@@ -79,7 +85,9 @@ def test_short_writes_and_reads_are_looped(pair: tuple[int, int, bytes], monkeyp
 
 
 @pytest.mark.parametrize("kernel", [True, False])
-def test_a_source_that_ends_early_is_an_error(pair: tuple[int, int, bytes], kernel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_source_that_ends_early_is_an_error(
+    pair: tuple[int, int, bytes], kernel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source, target, _ = pair
     if not kernel:
         monkeypatch.delattr(os, "copy_file_range")
@@ -91,7 +99,9 @@ def test_a_source_that_ends_early_is_an_error(pair: tuple[int, int, bytes], kern
 
 @settings(max_examples=40, deadline=None)
 @given(cuts=st.lists(st.integers(0, SIZE), max_size=8, unique=True), order=st.randoms(use_true_random=False))
-def test_splice_rewrites_the_ranges_and_nothing_else(tmp_path_factory: pytest.TempPathFactory, cuts: list[int], order: Any) -> None:
+def test_splice_rewrites_the_ranges_and_nothing_else(
+    tmp_path_factory: pytest.TempPathFactory, cuts: list[int], order: Any
+) -> None:
     folder = tmp_path_factory.mktemp("splice")
     data = np.random.default_rng(1).integers(0, 256, SIZE, dtype=np.uint8)
     (folder / "source").write_bytes(data.tobytes())

@@ -1,0 +1,214 @@
+"""Verification passes what is equal and, above all, fails what is not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import edits
+import steer
+from edits import verify as verify_function
+from edits.checkpoint import OnDisk
+from steer.anatomy.headers import read_headers
+from steer.directions import Direction
+from steer.errors import SteerError
+from steer.interventions import Add
+from steer.steering import Steering
+from tests import tiny
+from tests.edits.material import patch
+
+Folder = Callable[..., Path]
+
+
+@pytest.fixture
+def pair(tiny_folder: Folder, tmp_path: Path) -> tuple[steer.SteerableModel, Path]:
+    """A float32 model and its patched checkpoint."""
+    model = steer.load(tiny_folder("qwen3"), self_check=False)
+    patch().plan(model.path).apply(tmp_path / "out")  # type: ignore[arg-type]
+    return model, tmp_path / "out"
+
+
+def flipped(folder: Path, target: Path, name: str, place: int = 3) -> Path:
+    """Copy a checkpoint with one bit of one tensor flipped."""
+    shutil.copytree(folder, target)
+    entry = read_headers(target).tensors[name]
+    data = bytearray((target / entry.file).read_bytes())
+    data[entry.start + place] ^= 0x40
+    (target / entry.file).write_bytes(data)
+    return target
+
+
+def test_equal_subjects_agree_in_every_spelling(pair: tuple[steer.SteerableModel, Path]) -> None:
+    model, done = pair
+    for first in (model.with_(patch()), model.with_(patch().steering()), OnDisk(model.path, ((patch(), 1.0),)), done):  # type: ignore[arg-type]
+        for second in (done, str(done)):
+            found = edits.verify(first, second)
+            assert found.passed and found.bytes_equal is True and found.differing == ()
+            assert found.floor is not None and found.tolerance == 3 * found.floor and found.cast is None
+            assert found.max_abs_logit_difference is not None and found.max_abs_logit_difference <= found.tolerance
+            assert (
+                found.top1_agreement == 1 and found.positions > 50 and found.tensors == len(read_headers(done).tensors)
+            )
+
+
+def test_memory_and_disk_agree_to_the_last_bit_of_the_logits(pair: tuple[steer.SteerableModel, Path]) -> None:
+    assert edits.verify(pair[0].with_(patch()), pair[1]).max_abs_logit_difference == 0
+
+
+def test_the_floor_is_the_models_own_rounding(pair: tuple[steer.SteerableModel, Path]) -> None:
+    """Measured again by hand: the same prompts in float32 and in float64."""
+    import copy
+
+    from edits.verify import fixed_prompts
+
+    model = steer.load(pair[1], self_check=False)
+    gaps = []
+    for prompt in fixed_prompts(model):
+        ids = torch.tensor([prompt.tokens])
+        with torch.no_grad():
+            narrow = copy.deepcopy(model.hf)(ids).logits.double()
+            wide = copy.deepcopy(model.hf).double()(ids).logits
+        gaps.append(float((narrow - wide).abs().max()))
+    found = edits.verify(pair[0].with_(patch()), pair[1])
+    assert found.floor == pytest.approx(max(gaps), rel=0.5)
+    assert 1e-7 < max(gaps) < 1e-3
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda m: m,
+        lambda m: m.with_(patch(), coefficient=0.999),
+        lambda m: m.with_(patch(), coefficient=-1),
+        lambda m: m.with_(patch(heads=((0, (1, 2)), (2, (0,))))),
+        lambda m: m.with_(patch(seed=8)),
+        lambda m: m.with_(patch(), patch(seed=8)),
+        lambda m: m.with_(patch().steering(), coefficient=0.99),
+    ],
+)
+def test_what_is_not_equal_fails_in_bytes_and_logits(pair: tuple[steer.SteerableModel, Path], wrong: Any) -> None:
+    found = edits.verify(wrong(pair[0]), pair[1])
+    assert not found.passed and found.bytes_equal is False and found.differing
+    assert found.max_abs_logit_difference is not None and found.tolerance is not None
+    assert found.max_abs_logit_difference > found.tolerance and "DISAGREE" in str(found)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.layers.0.self_attn.o_proj.weight", "model.layers.3.mlp.up_proj.weight", "model.norm.weight"]
+)
+def test_one_flipped_bit_is_found_and_named(pair: tuple[steer.SteerableModel, Path], tmp_path: Path, name: str) -> None:
+    damaged = flipped(pair[1], tmp_path / "damaged", name)
+    found = edits.verify(OnDisk(pair[0].path, ((patch(), 1.0),)), damaged, weights_only=True)  # type: ignore[arg-type]
+    assert not found.passed and found.differing == (name,) and name in str(found)
+
+
+def test_wrong_bytes_fail_even_where_logits_agree(pair: tuple[steer.SteerableModel, Path], tmp_path: Path) -> None:
+    damaged = flipped(
+        pair[1], tmp_path / "damaged", "model.layers.0.self_attn.o_proj.weight", place=0
+    )  # The lowest bits of a mantissa.
+    found = edits.verify(pair[0].with_(patch()), damaged)
+    assert found.max_abs_logit_difference is not None and found.tolerance is not None
+    assert found.max_abs_logit_difference <= found.tolerance and not found.passed
+
+
+def test_a_hook_with_no_weight_form_is_compared_by_logits(pair: tuple[steer.SteerableModel, Path]) -> None:
+    model = pair[0]
+    added = Steering((Add(Direction(torch.ones(1, 48), (1,), "resid_post"), "resid_post", 0.5),))
+    assert edits.verify(model.with_(added), model.with_(added)).bytes_equal is None
+    assert edits.verify(model.with_(added), model.with_(added)).passed
+    assert not edits.verify(model.with_(added), model).passed
+    with pytest.raises(SteerError, match="on disk"):
+        edits.verify(model.with_(added), model, weights_only=True)
+
+
+def test_a_model_without_a_folder_is_compared_by_logits() -> None:
+    model = steer.wrap(*tiny.build("llama"), self_check=False)
+    found = edits.verify(model.with_(patch()), model.with_(patch().steering()))
+    assert found.passed and found.bytes_equal is None
+    assert not edits.verify(model.with_(patch()), model).passed
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_checkpoints_agree_exactly_with_the_patch_and_up_to_the_cast_with_the_hook(
+    tiny_folder: Folder, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    model = steer.load(tiny_folder("qwen3", dtype=dtype), self_check=False)
+    done = patch().plan(model.path).apply(tmp_path / "out")  # type: ignore[arg-type]
+    exact, hook = edits.verify(model.with_(patch()), done), edits.verify(model.with_(patch().steering()), done)
+    assert exact.passed and exact.max_abs_logit_difference == 0 and exact.cast is None
+    assert hook.passed and hook.bytes_equal and hook.cast is not None and hook.cast > exact.floor  # type: ignore[operator]
+    assert hook.tolerance == pytest.approx(3 * (hook.floor + hook.cast))  # type: ignore[operator]
+    for wrong in (model.with_(patch(seed=8).steering()), model.with_(patch().steering(), coefficient=0.5)):
+        found = edits.verify(wrong, done)
+        assert not found.passed and found.max_abs_logit_difference > found.tolerance  # type: ignore[operator]
+
+
+def test_bytes_are_compared_across_layouts(tiny_folder: Folder, tmp_path: Path) -> None:
+    whole, shards = tiny_folder("olmo2"), tiny_folder("olmo2", max_shard_size="60KB")
+    done = patch().plan(shards).apply(tmp_path / "out")
+    assert edits.verify(OnDisk(whole, ((patch(), 1.0),)), done, weights_only=True).passed
+    assert not edits.verify(whole, done, weights_only=True).passed
+    found = edits.verify(tiny_folder("olmo2"), tiny_folder("qwen2"), weights_only=True)
+    assert not found.passed and len(found.differing) > 3 and "more" in str(found)
+
+
+def test_stored_dtype_counts(tiny_folder: Folder) -> None:
+    found = edits.verify(tiny_folder("llama"), tiny_folder("llama", dtype=torch.bfloat16), weights_only=True)
+    assert not found.passed and len(found.differing) == found.tensors
+
+
+def test_large_models_run_in_their_own_dtype_with_a_stated_tolerance(
+    pair: tuple[steer.SteerableModel, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sys
+
+    verify_function  # noqa: B018 - the function; its module is reached by name.
+    monkeypatch.setattr(sys.modules["edits.verify"], "LARGEST_COPY", 10)
+    found = edits.verify(pair[0].with_(patch()), pair[1])
+    assert found.passed and found.floor is None and found.tolerance is not None and "too large" in str(found)
+    assert not edits.verify(pair[0], pair[1]).passed
+
+
+def test_prompts_and_tolerance_can_be_given(pair: tuple[steer.SteerableModel, Path]) -> None:
+    model, done = pair
+    words = ["hello why", [{"role": "user", "content": "1 + 2"}]]
+    assert edits.verify(model.with_(patch()), done, words).positions < 60
+    assert not edits.verify(model.with_(patch().steering()), done, words, tolerance=0).passed
+    loose = edits.verify(model.with_(patch()), done, tolerance=1e9)
+    assert loose.passed and loose.tolerance == 1e9
+    with pytest.raises(SteerError, match="no prompts"):
+        edits.verify(model, done, [])
+
+
+def test_prompts_reach_every_phase_of_a_thinking_model(pair: tuple[steer.SteerableModel, Path]) -> None:
+    """A hook that acts in the thinking only must not look equal to no hook."""
+    d = Direction(torch.ones(1, 48), (1,), "resid_post")
+    for phase in ("prompt", "opening", "thinking", "answer"):
+        added = Steering((Add(d, "resid_post", 0.5, phase=phase),))
+        assert not edits.verify(pair[0].with_(added), pair[0]).passed, phase
+
+
+def test_other_vocabularies_are_refused(tiny_folder: Folder) -> None:
+    with pytest.raises(SteerError, match="vocabular"):
+        edits.verify(tiny_folder("llama"), tiny_folder("llama", vocab_size=80))
+
+
+def test_subjects_are_left_as_they_were(pair: tuple[steer.SteerableModel, Path]) -> None:
+    model, done = pair
+    before = {name: tensor.clone() for name, tensor in model.hf.state_dict().items()}
+    edits.verify(model.with_(patch()), done)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.hf.state_dict().items())
+    assert model.hf.dtype == torch.float32 and not any(module._forward_hooks for module in model.hf.modules())
+
+
+def test_an_agreement_shows_itself_and_is_json(pair: tuple[steer.SteerableModel, Path]) -> None:
+    found: Any = edits.verify(pair[0].with_(patch()), pair[1])
+    assert json.loads(json.dumps(found.to_dict()))["passed"] is True
+    for text in (str(found), found._repr_html_()):
+        assert "agree" in text and "floor" in text and "equal" in text
