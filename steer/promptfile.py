@@ -50,7 +50,7 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     try:
         lines = path.read_text("utf-8").split("\n")
     except UnicodeDecodeError as error:
-        raise SteerError(f"{path} is not UTF-8 text", "a text or .jsonl file of prompts") from error
+        raise SteerError(f"the file {path} is not UTF-8 text", "a text or .jsonl file of prompts") from error
     rows = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
     structured = path.suffix == ".jsonl"
     prompts = [
@@ -58,7 +58,7 @@ def read_prompts(path: str | Path) -> list[Prompt]:
         for number, line in rows
     ]
     if not prompts:
-        raise SteerError(f"{path} has no prompts", "at least one line")
+        raise SteerError(f"the file {path} has no prompts", "at least one line")
     return prompts
 
 

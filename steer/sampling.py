@@ -51,7 +51,7 @@ class Sampling:
             ("max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 1, "1 or more"),
         ):
             if not fits:
-                raise SteerError(f"{name} is {value}", range_)
+                raise SteerError(f"the sampling option {name} is {value}", range_)
 
     @classmethod
     def of(cls, model: Any) -> Sampling:

@@ -75,7 +75,7 @@ class Journal:
             write_text(file, text)
         elif (found := file.read_text("utf-8")) != text:
             raise SteerError(
-                f"{self.folder} is the journal of a run with other options ({_difference(found, key)})",
+                f"the journal in {self.folder} belongs to a run with other options ({_difference(found, key)})",
                 "the options it was begun with",
                 "Resume with those, or choose another output folder",
             )

@@ -70,7 +70,7 @@ class Trace:
         for name, span in (("thinking_span", self.thinking_span), ("answer_span", self.answer_span)):
             if span is not None and not 0 <= span[0] <= span[1] <= total:
                 raise SteerError(
-                    f"{name} {list(span)} of trace {self.id!r} lies outside its {total} tokens",
+                    f"trace {self.id!r} has the {name} {list(span)}, outside its {total} tokens",
                     "0 <= start <= end <= tokens",
                 )
         if any(not 0 <= index < len(self.completion_token_ids) for index in self.forced):

@@ -91,7 +91,7 @@ def parse_line(line: str) -> Trace:
     for name, value in data.items():
         fits, what = _CHECKS[name]
         if not fits(value):
-            raise SteerError(f"{name} of a trace line is {str(value)[:60]!r}", what)
+            raise SteerError(f"a trace line has {str(value)[:60]!r} as {name}", what)
     values: dict[str, Any] = {
         name: tuple(value) if name in _TUPLES and value is not None else value for name, value in data.items()
     }

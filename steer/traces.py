@@ -189,7 +189,7 @@ class Traces(Sequence[Trace]):
         meta = yaml.safe_load(run.read_text("utf-8")) if run.is_file() else {}
         if not isinstance(meta, dict):
             raise SteerError(
-                f"{run} holds a {type(meta).__name__}", "a mapping", "This is not the run.yaml of a run folder"
+                f"the file {run} holds a {type(meta).__name__}", "a mapping", "This is not the run.yaml of a run folder"
             )
         traces, dropped = read_traces(file)
         return cls(traces, meta, dropped=dropped, tokenizer=tokenizer)
@@ -222,7 +222,7 @@ def refuse_folder(path: Path) -> None:
     """
     if path.exists():
         raise SteerError(
-            f"{path} exists already", "a folder that does not exist yet", "Choose another name or remove it"
+            f"the output {path} exists already", "a folder that does not exist yet", "Choose another name or remove it"
         )
 
 
