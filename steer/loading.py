@@ -6,6 +6,8 @@ Code from a checkpoint is never run.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -71,15 +73,16 @@ def _weights(source: Source, headers: Headers, dtype: torch.dtype | None, device
 
     if device_map is not None and device is not None:
         raise SteerError("both device and device_map were given", "one of them")
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        source.folder,
-        dtype="auto" if dtype is None else dtype,
-        device_map=device_map,
-        use_safetensors=True,
-        trust_remote_code=False,
-        local_files_only=True,
-        output_loading_info=True,
-    )
+    with _no_progress_bar():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source.folder,
+            dtype="auto" if dtype is None else dtype,
+            device_map=device_map,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+        )
     hf, info = loaded
     missing = sorted(map(str, info["missing_keys"])) + sorted(str(row[0]) for row in info["mismatched_keys"])
     if missing:
@@ -91,6 +94,20 @@ def _weights(source: Source, headers: Headers, dtype: torch.dtype | None, device
     if device_map is None:
         hf.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return hf.eval()
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Keep transformers from drawing a bar on stderr, which belongs to whoever called us."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _tokenizer(folder: Path) -> Any:

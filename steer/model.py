@@ -24,6 +24,7 @@ from steer.capture import Capture
 from steer.errors import SteerError
 from steer.hooks import Reader, Taps, Wanted, refuse_compiled
 from steer.identity import UNKNOWN, ModelIdentity, canonical, digest, shape_id, tokenizer_id
+from steer.interventions import check_coefficient
 from steer.patches import Patch
 from steer.phases import Marks, check_phase
 from steer.positions import Positions
@@ -159,6 +160,7 @@ class SteerableModel:
         steering.check(self.anatomy, self.identity)
         for intervention in steering.interventions:
             check_phase(intervention.phase, self.marks)
+            check_coefficient(intervention, coefficient)
         with self.taps.write(steering, coefficient) as report:
             yield report
 

@@ -148,9 +148,9 @@ class Report:
         if not self.idle and not self.positions:
             phases = sorted({phase for found in self._counters.values() for phase in found})
             warnings.warn(
-                f"The steering {self.name!r} touched 0 positions: no forward pass ran inside `with model.steered(...)`, "
+                f"The steering{f' {self.name!r}' if self.name else ''} touched 0 positions: no forward pass ran inside `with model.steered(...)`, "
                 f"or none of its positions was in phase {', '.join(phases)}.",
-                stacklevel=4,
+                stacklevel=6,
             )
 
     def __str__(self) -> str:
