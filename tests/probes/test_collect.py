@@ -57,14 +57,14 @@ def test_memory_and_disk_hold_the_same(model: SteerableModel, many: Traces, tmp_
     assert read.meta == written.meta
 
 
-class Stop(Exception):
+class StopError(Exception):
     """Stands for whatever ends a process."""
 
 
-def stop_after(shards: int):  # type: ignore[no-untyped-def]  # noqa: ANN201
+def stop_after(shards: int):  # type: ignore[no-untyped-def]
     def progress(state: Progress) -> None:
         if state.shards == shards:
-            raise Stop
+            raise StopError
 
     return progress
 
@@ -72,7 +72,7 @@ def stop_after(shards: int):  # type: ignore[no-untyped-def]  # noqa: ANN201
 @pytest.mark.parametrize("done", [0, 1, 2])
 def test_an_interrupted_run_resumes_to_the_same_bytes(model: SteerableModel, many: Traces, tmp_path: Path, done: int) -> None:
     collect(model, many, tmp_path / "whole")
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         collect(model, many, tmp_path / "part", progress=stop_after(done))
     with pytest.raises(SteerError, match="not finished"):
         probes.Summary.load(tmp_path / "part")
@@ -95,14 +95,14 @@ def test_a_finished_summary_is_taken_as_it_is(model: SteerableModel, many: Trace
 
 @pytest.mark.parametrize("change", [{"sites": ("resid_post",)}, {"layers": [0]}, {"batch_tokens": 100}, {"dtype": "float64"}])
 def test_resume_with_other_options_is_refused(model: SteerableModel, many: Traces, tmp_path: Path, change: dict[str, object]) -> None:
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         collect(model, many, tmp_path / "s", progress=stop_after(1))
     with pytest.raises(SteerError, match="other options"):
         collect(model, many, tmp_path / "s", resume=True, **change)
 
 
 def test_resume_with_other_traces_is_refused(model: SteerableModel, many: Traces, tmp_path: Path) -> None:
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         collect(model, many, tmp_path / "s", progress=stop_after(1))
     with pytest.raises(SteerError, match="other options"):
         collect(model, many[:-1], tmp_path / "s", resume=True)
@@ -230,7 +230,7 @@ def test_bad_input_is_refused_with_a_remedy(model: SteerableModel, tmp_path: Pat
         collect(model, run, layers=[4])
     with pytest.raises(SteerError, match="dtype"):
         collect(model, run, dtype="int8")
-    with pytest.raises(SteerError, match="(?i)nothing is to be recorded"):
+    with pytest.raises(SteerError, match=r"(?i)nothing is to be recorded"):
         collect(model, run, sites=())
     with pytest.raises(SteerError, match=r"(?i)two recorders keep z/predicts_thinking"):
         collect(model, run, recorders=[probes.HeadMeans(), probes.SpanMeans(("z",))])

@@ -160,7 +160,7 @@ def test_one_question_has_no_halves() -> None:
     summary = made.summary([made.row(n, 5 if n < 2 else 50, item="q") for n in range(4)], {NAME: values})
     found = direction(summary)
     assert found.provenance["options"]["split_half"] is None
-    with pytest.raises(SteerError, match="(?i)no split"):
+    with pytest.raises(SteerError, match=r"(?i)no split"):
         probes.split_half(summary, found)
 
 
@@ -171,7 +171,7 @@ def test_shuffles_keep_the_counts_within_groups() -> None:
     for weights in statistics.shuffled(choice, len(summary), 20, seed=0):
         assert weights.sum() == pytest.approx(0, abs=1e-12)
         for stratum in choice.strata:
-            mine = list((*stratum.short, *stratum.long))
+            mine = [*stratum.short, *stratum.long]
             assert sorted(weights[mine].round(12)) == sorted(real[mine].round(12))
         assert not np.array_equal(weights, real)
     assert np.array_equal(statistics.shuffled(choice, len(summary), 3, 0), statistics.shuffled(choice, len(summary), 9, 0)[:3])

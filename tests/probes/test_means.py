@@ -135,7 +135,7 @@ def test_a_view_is_read_with_its_changes() -> None:
     assert len(changed.meta["changes"]) == 1
 
 
-def steering(summary: probes.Summary):  # type: ignore[no-untyped-def]  # noqa: ANN201
+def steering(summary: probes.Summary):  # type: ignore[no-untyped-def]
     """Return a steering that adds an arbitrary vector after layer 1."""
     from steer import Add, Direction, Steering
 
