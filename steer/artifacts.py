@@ -162,7 +162,11 @@ def read(path: str | Path, kind: str | None = None) -> Artifact:
     path = Path(path)
     block = read_block(path)
     if kind is not None and block["kind"] != kind:
-        raise SteerError(f"{path} holds a {block['kind']}", f"a {kind}", f"Give the file of a {kind}")
+        raise SteerError(
+            f"{path} is of kind {block['kind']!r}",
+            f"kind {kind!r}",
+            "Give another file, or use this one for what it is",
+        )
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - a handle, not a mapping
     if tensors_id(tensors) != block["tensors_id"]:

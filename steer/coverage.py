@@ -32,6 +32,7 @@ from steer.targets import Target, target_of
 if TYPE_CHECKING:
     from steer.model import SteerableModel
 
+ROUNDING = 1e-6
 LATER = {
     "vllm": (
         "vLLM can express this, but its back end is not in this version",
@@ -177,7 +178,9 @@ def _of_patch(patch: Patch, target: Target, form: Form) -> list[Row]:
             }
         )
         layers = tuple(matrix.layer for matrix in touched)
-        note = _rank_note(vectors, layers) if form == "lora" else form_table.counted(heads, "head")
+        note = {"lora": _rank_note(vectors, layers), "vllm": form_table.SERVED}.get(
+            form, form_table.counted(heads, "head")
+        )
         rows.append(_row("patch", Verdict(module.replace("_", " "), layers, note=note), target, form, "head_out"))
     return rows
 
@@ -223,8 +226,8 @@ def _projected(steering: Steering, site: str) -> dict[int, list[Tensor]]:
 
 
 def _rank_note(vectors: dict[int, list[Tensor]], layers: tuple[int, ...]) -> str:
-    """The largest rank that an adapter needs: in each layer the dimension that its vectors span."""
-    ranks = {int(torch.linalg.matrix_rank(unit_vector(torch.stack(vectors[layer])))) for layer in layers}
+    """The largest rank that an adapter needs: in each layer the dimension that its vectors span, up to float32."""
+    ranks = {int(torch.linalg.matrix_rank(unit_vector(torch.stack(vectors[layer])), rtol=ROUNDING)) for layer in layers}
     return f"rank {max(ranks)}"
 
 

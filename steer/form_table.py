@@ -20,6 +20,7 @@ from steer.interventions import Add, Custom, Intervention, ProjectOut, SetCompon
 Form = Literal["hook", "vllm", "patch", "lora"]
 Bias = Callable[[str, int], Tensor | None]
 HOOK = "Use the hook form"
+SERVED = "as the patched checkpoint, or per request as LoRA"
 PLACES = {
     "resid_pre": "residual stream before the layer",
     "resid_mid": "residual stream after attention",
@@ -72,7 +73,7 @@ def vllm(intervention: Intervention, anatomy: Anatomy) -> list[Verdict]:
     """Additions and projections on every token at what is added to the stream; heads by the patch or by LoRA."""
     layers, place = intervention.active_layers, PLACES[intervention.site]
     if intervention.site == "head_out":
-        return [Verdict(place, layers, note="as the patched checkpoint, or per request as LoRA")]
+        return [Verdict(place, layers, note=SERVED)]
     refused = _weights_only(intervention, "vLLM", "nothing is stated for it there yet")
     allowed = {Add: ("attn_out", "mlp_out", "resid_mid", "resid_post"), ProjectOut: ("attn_out", "mlp_out")}
     first = isinstance(intervention, ProjectOut) and intervention.site == "resid_pre" and layers == (0,)

@@ -143,12 +143,14 @@ class HeadScores:
             SteerError: pandas is not installed.
         """
         try:
-            pandas = import_module("pandas")
+            library = import_module("pandas")
         except ModuleNotFoundError as error:
             raise SteerError(
-                "pandas is not installed", "the extra `notebook`", "Install it: pip install 'reasoning-steer[notebook]'"
+                "pandas is not installed",
+                "the extra `notebook`",
+                "Install it: pip install 'reasoning-steer[notebook]'",
             ) from error
-        table: pandas.DataFrame = pandas.DataFrame(self.rows())
+        table: pandas.DataFrame = library.DataFrame(self.rows())
         return table
 
     def rows(self) -> list[dict[str, int | float]]:

@@ -145,6 +145,6 @@ def _yaml_path(path: Path) -> Path:
         raise SteerError(
             f"the name {path.name!r} does not end in .yaml",
             "the .yaml of a steering",
-            "Its vectors lie beside it in the .safetensors of the same name",
+            f"Give {path.with_suffix('.yaml').name!r}; its vectors lie beside it in the .safetensors of the same name",
         )
     return path

@@ -58,7 +58,7 @@ def parse(text: str) -> Subject:
     """
     backend: Backend = "vllm" if text.startswith("vllm:") else "hf"
     pieces = text.removeprefix("vllm:").split("+")
-    if not all(piece.strip() for piece in pieces) and not Path(text).exists():
+    if not all(piece.strip() for piece in pieces) and not (text.strip() and Path(text).exists()):
         raise SteerError(f"the subject {text!r} has an empty part", FORM, "Name the model, then each file after a +")
     model, rest = _longest(pieces)
     changes = []
@@ -119,9 +119,9 @@ def load_change(path: Path) -> Steering | Patch:
         "scores": "Make a patch of it: steer patch thinkedit",
     }
     raise SteerError(
-        f"{path} holds a {kind}, which does nothing by itself",
+        f"{path} is of kind {kind!r}, which does nothing by itself",
         "a steering (.yaml) or a patch (.safetensors)",
-        remedies.get(kind, ""),
+        remedies.get(kind, "Make a steering or a patch of it"),
     )
 
 

@@ -120,7 +120,7 @@ def test_unknown_keys_kinds_and_suffixes_are_not_written(tmp_path: Path) -> None
 
 
 def test_another_kind_is_refused(saved: Path) -> None:
-    refused(lambda: read(saved, "patch"), "holds a direction", "expected a patch")
+    refused(lambda: read(saved, "patch"), "kind 'direction'", "expected kind 'patch'")
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def test_a_direction_minus_itself_is_zero_and_halves_add_up(seed: int, site: str
     d = direction(seed, site=site)
     assert not (d - d).vectors.any()
     assert d * 0.5 + d * 0.5 == d
-    assert -(-d) == d
+    assert d.__neg__().__neg__() == d
     assert d * 1 == d
 
 
@@ -299,7 +299,7 @@ def test_a_made_up_file_is_refused(tmp_path: Path) -> None:
         artifacts.write(path, "direction", tensors, story, overwrite=True)
         refused(lambda: Direction.load(path), word)
     artifacts.write(path, "patch", {"vectors": vectors}, good, overwrite=True)
-    refused(lambda: Direction.load(path), "holds a patch")
+    refused(lambda: Direction.load(path), "kind 'patch'")
 
 
 # The reader's view.

@@ -303,7 +303,7 @@ def test_the_two_files_belong_together(saved: Path, tmp_path: Path) -> None:
 
 def test_another_artifact_beside_the_yaml_is_refused(saved: Path) -> None:
     direction().save(saved.with_suffix(".safetensors"), overwrite=True)
-    refused(lambda: Steering.load(saved), "holds a direction", "a steering")
+    refused(lambda: Steering.load(saved), "kind 'direction'", "kind 'steering'")
 
 
 def test_only_yaml_names(tmp_path: Path) -> None:
