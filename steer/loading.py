@@ -99,8 +99,9 @@ def _weights(source: Source, headers: Headers, dtype: torch.dtype | None, device
 @contextmanager
 def _no_progress_bar() -> Iterator[None]:
     """Keep transformers from drawing a bar on stderr, which belongs to whoever called us."""
-    from transformers.utils import logging
+    from transformers.utils import logging as imported
 
+    logging: Any = imported
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

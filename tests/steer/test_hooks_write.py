@@ -123,7 +123,7 @@ def test_head_out_of_two_phases_on_one_head_is_refused(tiny):
     model = steer.wrap(*tiny("qwen3"))
     d = direction(model, "resid_mid")
     clash = Steering((ProjectOut(d, "head_out", heads=((1, 2),)), ProjectOut(d, "head_out", heads=((1, 1), (1, 2)), phase="thinking")))
-    with pytest.raises(SteerError, match="(?i)head 2 of layer 1"), model.steered(clash):
+    with pytest.raises(SteerError, match=r"(?i)head 2 of layer 1"), model.steered(clash):
         pass
     assert hooks_on(model.hf) == 0
     apart = Steering((ProjectOut(d, "head_out", heads=((1, 2),)), ProjectOut(d, "head_out", heads=((1, 1),), phase="generated")))
@@ -139,7 +139,7 @@ def test_coefficient_zero_changes_not_a_bit(tiny, family, dtype):
     d = direction(model, "resid_mid")
     plain = logits(hf)
     sites = ("resid_pre", "attn_raw", "attn_out", "resid_mid", "mlp_out", "resid_post")
-    steering = Steering(tuple(Add(d, site) for site in sites) + (ProjectOut(d, "head_out", heads=((1, 0), (3, 1))),))
+    steering = Steering((*(Add(d, site) for site in sites), ProjectOut(d, "head_out", heads=((1, 0), (3, 1)))))
     with model.steered(steering, coefficient=0.0) as report:
         same = logits(hf)
     assert torch.equal(same, plain)

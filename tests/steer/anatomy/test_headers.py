@@ -155,7 +155,7 @@ def test_a_tensor_in_two_shards_is_refused(tmp_path):
     for name in ("one", "two"):
         save_file({"a": torch.zeros(2), name: torch.zeros(1)}, tmp_path / f"{name}.safetensors")
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"one": "one.safetensors", "two": "two.safetensors"}}))
-    with pytest.raises(SteerError, match="'a' is in one.safetensors and in two.safetensors"):
+    with pytest.raises(SteerError, match=r"'a' is in one\.safetensors and in two\.safetensors"):
         read_headers(tmp_path)
 
 

@@ -63,7 +63,7 @@ def test_head_width_is_counted_never_divided(tiny_folder):
 @pytest.mark.parametrize("tied", [True, False])
 def test_tied_and_untied_embeddings(tiny_folder, tied):
     headers, anatomy = of_folder(tiny_folder("qwen2", tie_word_embeddings=tied))
-    assert anatomy.tied is tied and ("head", -1) in anatomy.shapes or tied
+    assert (anatomy.tied is tied and ("head", -1) in anatomy.shapes) or tied
     without = {key: value for key, value in headers.config.items() if key != "tie_word_embeddings"}
     assert resolve(without, headers.shapes).tied is False  # What Qwen2Config assumes.
 

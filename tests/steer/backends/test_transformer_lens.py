@@ -78,7 +78,7 @@ def test_writes_at_several_sites_with_reads_after_them_agree(tiny, family):
             Add(direction(model, "resid_post", 3), "resid_post", coefficient=-0.5),
         )
     )
-    wanted = {site: LAYERS for site in ("z", "attn_out", "resid_mid", "mlp_out", "resid_post")}
+    wanted = dict.fromkeys(("z", "attn_out", "resid_mid", "mlp_out", "resid_post"), LAYERS)
     with torch.no_grad(), model.steered(steering, 0.6), model.capture(wanted) as acts:
         ours = model.hf(input_ids=IDS, use_cache=False).logits
     logits, read = theirs.run(IDS, steering, 0.6, wanted)
