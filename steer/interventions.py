@@ -32,8 +32,19 @@ from steer.sites import site as site_named
 Change = Callable[[Float[Tensor, "*batch width"]], Float[Tensor, "*batch width"]]
 
 
+class _InLayers:
+    """What all interventions share."""
+
+    layers: tuple[int, ...] | None
+
+    @property
+    def active_layers(self) -> tuple[int, ...]:
+        """Layers in which something may change, increasing."""
+        return self.layers or ()
+
+
 @dataclass(frozen=True)
-class Add:
+class Add(_InLayers):
     """h += c·a·v with the raw vector v.
 
     Attributes:
@@ -57,18 +68,13 @@ class Add:
         _no_head_write(self.site, "Add")
         _settle(self, _layers_of(self.direction, self.layers), "coefficient")
 
-    @property
-    def active_layers(self) -> tuple[int, ...]:
-        """Layers in which something may change."""
-        return self.layers or ()
-
     def is_zero(self, c: float) -> bool:
         """Whether nothing has to be done at coefficient c."""
         return c * self.coefficient == 0
 
 
 @dataclass(frozen=True)
-class ProjectOut:
+class ProjectOut(_InLayers):
     """h −= c·w·v̂ v̂ᵀh: the component along v shrinks by the factor 1 − c·w.
 
     Attributes:
@@ -124,18 +130,13 @@ class ProjectOut:
             )
         return _layers_of(self.direction, implied)
 
-    @property
-    def active_layers(self) -> tuple[int, ...]:
-        """Layers in which something may change."""
-        return self.layers or ()
-
     def is_zero(self, c: float) -> bool:
         """Whether nothing has to be done at coefficient c."""
         return c * self.weight == 0
 
 
 @dataclass(frozen=True)
-class SetComponent:
+class SetComponent(_InLayers):
     """h += (s − v̂ᵀh) v̂: the component along v becomes s.
 
     Attributes:
@@ -161,18 +162,13 @@ class SetComponent:
         _settle(self, layers, "value")
         self.direction.refuse_zero(layers, "has no component to set")
 
-    @property
-    def active_layers(self) -> tuple[int, ...]:
-        """Layers in which something may change."""
-        return self.layers or ()
-
     def is_zero(self, c: float) -> bool:
         """Never: to set a component is to change it, whatever it was."""
         return False
 
 
 @dataclass(frozen=True)
-class Custom:
+class Custom(_InLayers):
     """h += f(h, layer), for experiments: hook form only, no fingerprint, cannot be saved.
 
     Attributes:
@@ -198,11 +194,6 @@ class Custom:
             raise SteerError(f"Custom names the layers {list(self.layers)}", "at least one layer, counted from 0")
         check_phase(self.phase, None)
         object.__setattr__(self, "layers", layers)
-
-    @property
-    def active_layers(self) -> tuple[int, ...]:
-        """Layers in which something may change."""
-        return self.layers
 
     def is_zero(self, c: float) -> bool:
         """Never: nobody knows what the function does."""

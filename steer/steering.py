@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from importlib import import_module
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from steer.anatomy.resolve import Anatomy
-from steer.directions import Direction
+from steer.directions import Direction, ranges
 from steer.errors import SteerError
 from steer.identity import ModelIdentity, canonical, check_same, digest, mix
 from steer.interventions import Add, Custom, Intervention, ProjectOut, SetComponent, check_coefficient
@@ -47,6 +48,19 @@ class Steering:
         for direction in self.directions:
             model = mix(model, direction.model, "the directions of the steering")
         object.__setattr__(self, "model", model)
+
+    def __str__(self) -> str:
+        head = f"steering {self.name!r}" if self.name else "steering"
+        return "\n".join(
+            [
+                f"{head}, {len(self.interventions)} intervention{'s' * (len(self.interventions) != 1)}",
+                *(f"  {sentence(each)}" for each in self.interventions),
+            ]
+        )
+
+    def _repr_html_(self) -> str:
+        items = "".join(f"<li>{html.escape(sentence(each))}</li>" for each in self.interventions)
+        return f"<p>{html.escape(str(self).splitlines()[0])}</p><ol>{items}</ol>"
 
     @property
     def directions(self) -> tuple[Direction, ...]:
@@ -170,6 +184,17 @@ def as_json(intervention: Add | ProjectOut | SetComponent) -> dict[str, Any]:
     if "heads" in plain:
         plain.pop("layers")
     return {"kind": next(word for word, kind in KINDS.items() if type(intervention) is kind)} | plain
+
+
+def sentence(intervention: Intervention) -> str:
+    """Say an intervention on one line, such as "Add at attn_out, layers 3-5, coefficient 0.5, phase thinking"."""
+    parts = [f"{type(intervention).__name__} at {intervention.site}", f"layers {ranges(intervention.active_layers)}"]
+    if isinstance(intervention, ProjectOut) and intervention.heads:
+        parts[1] = "heads " + " ".join(f"{layer}.{head}" for layer, head in intervention.heads)
+    for name in ("coefficient", "weight", "value"):
+        if hasattr(intervention, name):
+            parts.append(f"{name} {getattr(intervention, name):g}")
+    return ", ".join([*parts, f"phase {intervention.phase}"] if intervention.phase != "all" else parts)
 
 
 def _plain(value: object) -> object:

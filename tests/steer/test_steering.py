@@ -427,3 +427,18 @@ def test_directions_of_two_models_make_no_steering() -> None:
 
 def test_an_empty_steering_is_refused() -> None:
     refused(lambda: Steering(()), "no intervention")
+
+
+# The reader's view.
+
+
+def test_it_shows_itself() -> None:
+    assert str(example()) == (
+        "steering 'example', 3 interventions\n"
+        "  Add at attn_out, layers 1-2, coefficient 0.5\n"
+        "  ProjectOut at head_out, heads 2.0 5.1, weight 1\n"
+        "  SetComponent at resid_post, layers 1-2, 5, value 3, phase thinking"
+    )
+    html = Steering((Custom(lambda h, layer: h, "z", (0,)),), name="<b>")._repr_html_()
+    assert "<b>" not in html
+    assert "Custom at z, layers 0" in html
