@@ -144,8 +144,16 @@ def _fill(partial: Path, plan: FolderPlan, progress: Progress) -> None:
             records[task.name] = _make(path, task, progress)
             journal.write(canonical({"file": task.name, "record": records[task.name]}) + "\n")
             journal.flush()
+        _sweep(partial, {JOURNAL, *(task.name for task in plan.tasks)})
         plan.seal(partial, records)
     (partial / JOURNAL).unlink()
+
+
+def _sweep(partial: Path, names: set[str]) -> None:
+    """Remove what a killed run left under temporary names."""
+    for path in partial.rglob("*"):
+        if path.is_file() and path.relative_to(partial).as_posix() not in names:
+            path.unlink()
 
 
 def _check_room(partial: Path, tasks: Sequence[FileTask]) -> None:

@@ -19,12 +19,12 @@ from tests.edits.material import contents
 FILES = {"a.bin": b"a" * 1000, "b/c.bin": b"c" * 10, "empty": b"", "z.txt": b"last"}
 
 
-class Stopped(Exception):
+class StopError(Exception):
     """Stands for a kill: the process goes no further."""
 
 
 def planned(
-    made: list[str] | None = None, fail: str = "", error: type[BaseException] | OSError = Stopped, key: object = 1
+    made: list[str] | None = None, fail: str = "", error: type[BaseException] | OSError = StopError, key: object = 1
 ) -> FolderPlan:
     """Tasks that write FILES; the task named `fail` writes half of its bytes and raises."""
 
@@ -69,7 +69,7 @@ def test_writes_every_file_with_mode_0644_and_counts_bytes(tmp_path: Path) -> No
 @pytest.mark.parametrize("name", list(FILES))
 def test_a_stopped_run_leaves_a_partial_folder_that_resumes_to_the_same_bytes(tmp_path: Path, name: str) -> None:
     out, made = tmp_path / "out", []
-    with pytest.raises(Stopped):
+    with pytest.raises(StopError):
         write_folder(out, planned(made, fail=name))
     assert not out.exists() and partial_name(out).is_dir()
     first = len(made)
@@ -83,7 +83,7 @@ def test_a_stopped_run_leaves_a_partial_folder_that_resumes_to_the_same_bytes(tm
 def test_a_finished_file_that_was_damaged_is_made_again(tmp_path: Path) -> None:
     for damage in (b"b" * 1000, b"short"):
         out, made = tmp_path / f"out{len(damage)}", []
-        with pytest.raises(Stopped):
+        with pytest.raises(StopError):
             write_folder(out, planned(made, fail="z.txt"))
         (partial_name(out) / "a.bin").write_bytes(damage)
         write_folder(out, planned(made), resume=True)
@@ -92,7 +92,7 @@ def test_a_finished_file_that_was_damaged_is_made_again(tmp_path: Path) -> None:
 
 def test_a_torn_last_line_of_the_journal_costs_one_file(tmp_path: Path) -> None:
     out, made = tmp_path / "out", []
-    with pytest.raises(Stopped):
+    with pytest.raises(StopError):
         write_folder(out, planned(made, fail="empty"))
     journal = partial_name(out) / JOURNAL
     journal.write_bytes(journal.read_bytes()[:-9])
@@ -106,10 +106,10 @@ def test_the_narrow_moments_can_be_resumed_too(tmp_path: Path, when: str, monkey
     if when == "sealed":
 
         def stop(partial: Path, out: Path) -> None:
-            raise Stopped
+            raise StopError
 
         monkeypatch.setattr(module, "_publish", stop)
-        with pytest.raises(Stopped):
+        with pytest.raises(StopError):
             write_folder(out, planned())
         monkeypatch.undo()
     else:
@@ -129,7 +129,7 @@ def test_what_is_in_the_way_is_refused_and_kept(tmp_path: Path) -> None:
         with pytest.raises(SteerError, match="exists"):
             write_folder(place, planned(), resume=True)
     out.rmdir()
-    with pytest.raises(Stopped):
+    with pytest.raises(StopError):
         write_folder(out, planned(fail="z.txt"))
     before = contents(partial_name(out))
     with pytest.raises(SteerError, match="did not finish"):
@@ -204,7 +204,7 @@ def test_links_go_to_the_file_behind_a_symbolic_link(tmp_path: Path) -> None:
     (tmp_path / "name").symlink_to("blob")
     written: list[str] = []
     out = write_folder(tmp_path / "out", linking(tmp_path / "name", written))
-    assert os.path.samefile(out / "x", tmp_path / "blob") and not (out / "x").is_symlink() and not written
+    assert (out / "x").samefile(tmp_path / "blob") and not (out / "x").is_symlink() and not written
     assert (tmp_path / "blob").stat().st_mode & 0o777 == 0o600, "the shared file keeps its mode"
 
 
