@@ -75,7 +75,8 @@ class Trace:
                 )
         if any(not 0 <= index < len(self.completion_token_ids) for index in self.forced):
             raise SteerError(
-                f"forced {list(self.forced)} of trace {self.id!r} lies outside its {len(self.completion_token_ids)} completion tokens"
+                f"trace {self.id!r} has forced tokens at {list(self.forced)}",
+                f"indices into its {len(self.completion_token_ids)} completion tokens",
             )
         expected = None if self.thinking_span is None else self.thinking_span[1] - self.thinking_span[0]
         if self.thinking_tokens != expected or (self.closed is None) != (expected is None):

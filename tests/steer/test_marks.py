@@ -23,7 +23,9 @@ class Vocabulary:
 def test_the_bundled_style_of_marks_is_found(tiny):
     _, tokenizer = tiny("llama")
     marks = Marks.from_tokenizer(tokenizer)
-    assert marks == Marks(((tokenizer.convert_tokens_to_ids("<think>"),),), ((tokenizer.convert_tokens_to_ids("</think>"),),))
+    assert marks == Marks(
+        ((tokenizer.convert_tokens_to_ids("<think>"),),), ((tokenizer.convert_tokens_to_ids("</think>"),),)
+    )
     assert marks.exist and marks.longest == 1
 
 

@@ -48,10 +48,14 @@ def test_another_name_of_the_switch(tokenizer):
 
 
 def test_a_template_without_a_switch_refuses(tokenizer):
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}{% if add_generation_prompt %}assistant{% endif %}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['content'] }} {% endfor %}{% if add_generation_prompt %}assistant{% endif %}"
+    )
     assert words(tokenizer, render(tokenizer, CHAT)) == ["think", "a", "=", "3", "assistant"]
     for thinking in (True, False):
-        refused(lambda thinking=thinking: render(tokenizer, CHAT, thinking), "no switch for thinking", "enable_thinking")
+        refused(
+            lambda thinking=thinking: render(tokenizer, CHAT, thinking), "no switch for thinking", "enable_thinking"
+        )
 
 
 def test_a_mark_in_the_question_is_before_the_start(tokenizer):
@@ -64,7 +68,9 @@ def test_a_mark_in_the_question_is_before_the_start(tokenizer):
 def test_a_template_that_opens_the_thought(tokenizer):
     tokenizer.chat_template += "{% if add_generation_prompt %} <think>{% endif %}"
     rendered = render(tokenizer, CHAT)
-    states = states_of(rendered.token_ids, len(rendered.token_ids), Marks.from_tokenizer(tokenizer), rendered.generation_prompt_start)
+    states = states_of(
+        rendered.token_ids, len(rendered.token_ids), Marks.from_tokenizer(tokenizer), rendered.generation_prompt_start
+    )
     assert states[-1] == State.THINKING
 
 
