@@ -1,0 +1,140 @@
+"""The laboratory of the effects lane: the bundled organism, its card, and every run that more than one test reads.
+
+Everything goes through the toolkit's own interface: `evaluate`, `collect`, `length_direction`, `head_scores`, `Add`,
+`thinkedit`. Directions and heads come from fit questions, everything measured from test questions, which share none.
+Layers, coefficients and the number of heads stand in the organism's card and are not chosen here.
+
+Each question is asked SAMPLES times; the streams are keyed by (seed, question, sample), so they are independent, and the
+same questions are asked before and after a change. Intervals are paired bootstraps over questions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import probes
+import steer
+from edits.thinkedit import thinkedit
+from experiments.evaluate import evaluate
+from experiments.intervals import Interval, Statistic, bootstrap, paired, slope_of
+from experiments.run import Run
+from experiments.summary import Replies
+from steer import Add, Direction, HeadScores, Patch, Sampling, SteerableModel, Steering
+
+QUESTIONS, FIT_QUESTIONS, SAMPLES, FIT_SAMPLES = 120, 400, 5, 2
+SPANS = ("predicts_thinking", "marker:;")
+RANDOM_DIRECTIONS = (11, 12, 13)
+RANDOM_HEADS = (21, 22, 23)
+PERCENTILES = (20.0, 80.0)
+CHANCE = 0.1
+
+
+def asked(card: dict[str, Any], verb: str, span: str) -> dict[str, Any]:
+    """Return what the card says of `steering` or `thinkedit` with a span: its main entry, or the one of that span."""
+    told = card[verb]
+    entries = told if isinstance(told, list) else [told, *told.get("also", [])]
+    return next((entry for entry in entries if entry["span"] == span), {**entries[0], "span": span})
+
+
+@dataclass(frozen=True)
+class Lab:
+    """Runs and probes of the organism, each made once.
+
+    Attributes:
+        folder: for run folders.
+    """
+
+    folder: Path
+
+    @cached_property
+    def model(self) -> SteerableModel:
+        """The specimen."""
+        return steer.load("organism:chain")
+
+    @property
+    def card(self) -> dict[str, Any]:
+        """What its card says."""
+        assert self.model.card is not None
+        return self.model.card
+
+    def ask(self, name: str, model: SteerableModel, task: str = "chain", questions: int = QUESTIONS, samples: int = SAMPLES) -> Run:
+        """Evaluate once under a name; asked again, read what lies there."""
+        out = self.folder / name
+        if out.exists():
+            return Run.load(out)
+        sampling = Sampling(temperature=self.card["temperature"], max_new_tokens=self.card["max_new_tokens"])
+        return evaluate(model, task, out=out, limit=questions, samples=samples, sampling=sampling, seed=0, batch_size=256)
+
+    @cached_property
+    def summary(self) -> probes.Summary:
+        """Means over both spans of replies to fit questions."""
+        fit = self.ask("fit", self.model, "chain:fit", FIT_QUESTIONS, FIT_SAMPLES)
+        return probes.collect(self.model, fit.traces, spans=SPANS)
+
+    def direction(self, span: str) -> Direction:
+        """The length direction, within groups of equal size."""
+        return probes.length_direction(self.summary, span=span, percentiles=PERCENTILES, by_group=True)
+
+    def scores(self, span: str) -> HeadScores:
+        """Head scores of that direction."""
+        return probes.head_scores(self.summary, self.direction(span), self.model, permutations=0)
+
+    @cached_property
+    def plain(self) -> Replies:
+        """The unchanged model."""
+        return self.ask("plain", self.model).replies
+
+    # Steering.
+
+    def coefficients(self, span: str) -> tuple[float, ...]:
+        """The card's grid."""
+        return tuple(asked(self.card, "steering", span)["coefficients"])
+
+    def steered(self, span: str, coefficient: float, seed: int | None = None) -> Replies:
+        """The model with the direction, or with a random one of equal norm, added in the card's layers."""
+        if coefficient == 0:
+            return self.plain
+        told = asked(self.card, "steering", span)
+        direction = self.direction(span).only(told["layers"])
+        direction = direction if seed is None else direction.random_like(seed)
+        steering = Steering((Add(direction, told["site"], coefficient),), self.model.identity, "length")
+        return self.ask(f"steered {span} {coefficient} {seed}", self.model.with_(steering)).replies
+
+    def slope(self, span: str, coefficients: Sequence[float], seed: int | None = None) -> Interval:
+        """Tokens of thought per unit of coefficient."""
+        return bootstrap(self.slope_statistic(span, coefficients, seed), QUESTIONS)
+
+    def slope_statistic(self, span: str, coefficients: Sequence[float], seed: int | None = None) -> Statistic:
+        """The slope for drawn questions."""
+        points = [self.steered(span, coefficient, seed) for coefficient in coefficients]
+        return slope_of([point.statistic(lambda trace: float(trace.thought_length)) for point in points], coefficients)
+
+    # ThinkEdit.
+
+    def heads(self, span: str) -> tuple[tuple[int, int], ...]:
+        """The best heads, as many as the card says."""
+        return self.scores(span).top(asked(self.card, "thinkedit", span)["heads"])
+
+    def edited(self, span: str, kind: str = "thinkedit", seed: int = 0) -> Replies:
+        """The model under ThinkEdit, or under the control `random heads` or `random direction`."""
+        direction, heads = self.direction(span), self.heads(span)
+        if kind == "random heads":
+            heads = self.scores(span).random(len(heads), seed, exclude=heads)
+        if kind == "random direction":
+            direction = direction.random_like(seed)
+        patch: Patch = thinkedit(direction, heads, model=self.model)
+        return self.ask(f"{kind} {span} {seed}", self.model.with_(patch)).replies
+
+
+def change(before: Statistic, after: Statistic) -> Interval:
+    """Interval of after - before over the same questions."""
+    return paired(before, after, QUESTIONS)
+
+
+def average(statistics: Sequence[Statistic]) -> Statistic:
+    """The mean of several statistics of the same questions, such as several draws of a control."""
+    return lambda drawn: sum(statistic(drawn) for statistic in statistics) / len(statistics)
