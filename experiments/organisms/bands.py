@@ -1,0 +1,85 @@
+"""What a retrained organism is compared by: bands of its figures, never the hash of its weights.
+
+The bands are the promises of the organism's card. A seed that misses one is no specimen, and the build says which.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from experiments.organisms.measure import SPANS
+
+Band = tuple[float, float]
+BANDS: Final[dict[str, Band]] = {
+    "accuracy": (0.60, 0.85),
+    "short": (0.15, 0.45),
+    "closed": (0.98, 1.0),
+    "length decile ratio": (3.0, 30.0),
+    "accuracy of short thoughts": (0.0, 0.35),
+    "accuracy of complete thoughts": (0.85, 1.0),
+    "accuracy, closed one step early": (0.0, 0.35),
+    "accuracy, every step written": (0.85, 1.0),
+}
+"""Figures of the unchanged model."""
+SPAN_BANDS: Final[dict[str, Band]] = {
+    "length ratio": (1.5, 12.0),
+    "slope over the largest random slope": (2.0, 1e3),
+    "slope, lower bound": (0.0, 1e3),
+    "short end, accuracy": (0.2, 0.85),
+    "long end, closed": (0.95, 1.0),
+    "ThinkEdit, upper bound of the change of short": (-1.0, 0.0),
+    "ThinkEdit, change of accuracy": (0.05, 0.4),
+    "ThinkEdit, shortest fifth beyond random heads": (0.02, 1.0),
+}
+"""Figures of steering and of ThinkEdit, for each span."""
+
+
+def natural_figures(measured: Mapping[str, Any]) -> dict[str, float]:
+    """The figures of `BANDS` in what `measure` found."""
+    natural, forced = measured["natural"], measured["forced"]["accuracy_by_written_steps"]
+    deciles = natural["length_deciles"]
+    steps = max(forced)
+    by_size = [row for row in natural["accuracy_by_size"].values() if row["short"] is not None]
+    return {
+        "accuracy": natural["accuracy"],
+        "short": natural["short"],
+        "closed": natural["closed"],
+        "length decile ratio": deciles[-1] / deciles[0],
+        "accuracy of short thoughts": sum(row["short"] for row in by_size) / len(by_size),
+        "accuracy of complete thoughts": sum(row["complete"] for row in by_size) / len(by_size),
+        "accuracy, closed one step early": forced[steps - 1],
+        "accuracy, every step written": forced[steps],
+    }
+
+
+def span_figures(measured: Mapping[str, Any], span: str) -> dict[str, float]:
+    """The figures of `SPAN_BANDS` in what `measure` found for a span."""
+    steering, thinkedit = measured[f"steering {span}"], measured[f"thinkedit {span}"]
+    rows = list(steering["by_coefficient"].values())
+    edited = thinkedit["edited"]
+    random_slopes = [abs(control["slope"][1]) for control in steering["random_directions"]]
+    random_gain = max(control["shortest_fifth_accuracy_change"][1] for control in thinkedit["random_heads"])
+    return {
+        "length ratio": steering["length_ratio"][1],
+        "slope over the largest random slope": steering["slope"][1] / max(random_slopes),
+        "slope, lower bound": steering["slope"][0],
+        "short end, accuracy": rows[0]["accuracy"],
+        "long end, closed": rows[-1]["closed"],
+        "ThinkEdit, upper bound of the change of short": edited["short_change"][2],
+        "ThinkEdit, change of accuracy": edited["accuracy_change"][1],
+        "ThinkEdit, shortest fifth beyond random heads": edited["shortest_fifth_accuracy_change"][1] - random_gain,
+    }
+
+
+def outside(measured: Mapping[str, Any]) -> list[str]:
+    """What of a measured organism lies outside its band, in words; nothing if it is a specimen."""
+    found = [(name, value, BANDS[name]) for name, value in natural_figures(measured).items()]
+    for span in SPANS:
+        figures = span_figures(measured, span)
+        found += [(f"{span}: {name}", value, SPAN_BANDS[name]) for name, value in figures.items()]
+    return [
+        f"{name} is {value:.3f}, expected {low:g} to {high:g}"
+        for name, value, (low, high) in found
+        if not low <= value <= high
+    ]
