@@ -1,0 +1,300 @@
+"""The whole loop on a bundled organism: evaluate, find the length direction, steer, edit heads, verify, report.
+
+One span is used throughout, the one that the organism's card names first; the edit with the other span is one row of the
+report. Directions and head scores come from fit questions, every figure from test questions. Nothing is chosen here:
+layers, coefficients and the number of heads stand in the card.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from edits.thinkedit import thinkedit
+from edits.verify import Agreement, verify
+from experiments.curve import Curve, steering_curve, steering_for
+from experiments.demo_result import DemoResult, Edit
+from experiments.evaluate import evaluate
+from experiments.run import Run
+from probes.collect.run import collect
+from probes.directions import length_direction
+from probes.heads import head_scores
+from steer.errors import SteerError
+from steer.files import write_text
+from steer.generation import Progress, Sampling
+from steer.model import load
+
+if TYPE_CHECKING:
+    from probes.collect.summary import Summary
+    from steer.directions import Direction
+    from steer.model import SteerableModel
+    from steer.scores import HeadScores
+
+RESULT, MARK = "result.json", "demo.yaml"
+PLAIN = "baseline"
+Tell = Callable[[str, int, int, str], None]
+"""Called with (what is done now, steps done, steps in all, tokens per second or nothing)."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the demo does; the organism's card fills it.
+
+    Attributes:
+        span: over which activations are averaged.
+        other_span: of the one extra edit.
+        site, layers, coefficients: where and how strongly the direction is added.
+        heads: how many are edited.
+        percentiles: which thoughts are short and long, within questions of one size.
+        questions: test questions per point, one reply each.
+        fit_questions, fit_samples: what the direction is made from.
+        controls: random directions, and random choices of heads.
+    """
+
+    span: str
+    other_span: str
+    site: str
+    layers: tuple[int, ...]
+    coefficients: tuple[float, ...]
+    heads: int
+    percentiles: tuple[float, float] = (20.0, 80.0)
+    questions: int = 200
+    fit_questions: int = 400
+    fit_samples: int = 1
+    controls: int = 2
+
+    @classmethod
+    def of(cls, card: Mapping[str, Any]) -> Plan:
+        """Read a card."""
+        steering, edit = card["steering"], card["thinkedit"]
+        spans = ("predicts_thinking", "marker:;")
+        other = card.get("thinkedit_matched", {}).get("span") or next(span for span in spans if span != edit["span"])
+        low, high = card.get("percentiles", (20.0, 80.0))
+        return cls(
+            span=str(steering["span"]),
+            other_span=str(other),
+            site=str(steering["site"]),
+            layers=tuple(steering["layers"]),
+            coefficients=tuple(float(c) for c in steering["coefficients"]),
+            heads=int(edit["heads"]),
+            percentiles=(float(low), float(high)),
+        )
+
+    @property
+    def steps(self) -> int:
+        """How many evaluations and passes there are, for the progress."""
+        points = sum(c != 0 for c in self.coefficients)
+        return 7 + points * (1 + self.controls) + self.controls
+
+
+@dataclass
+class _Bench:
+    """Where runs go, and what is told meanwhile."""
+
+    out: Path
+    sampling: Sampling
+    seed: int
+    plan: Plan
+    tell: Tell
+    done: int = 0
+
+    @contextmanager
+    def step(self, label: str) -> Iterator[None]:
+        self.tell(label, self.done, self.plan.steps, "")
+        yield
+        self.done += 1
+
+    def evaluate(self, model: SteerableModel, name: str, task: str = "chain", limit: int = 0, samples: int = 1) -> Run:
+        with self.step(name):
+
+            def moved(state: Progress) -> None:
+                self.tell(name, self.done, self.plan.steps, f"{state.tokens_per_second:.0f} tokens/s")
+
+            return evaluate(
+                model,
+                task,
+                out=self.out / "runs" / name,
+                sampling=self.sampling,
+                samples=samples,
+                seed=self.seed,
+                limit=limit or self.plan.questions,
+                progress=moved,
+            )
+
+
+def demo(
+    out: str | Path,
+    seed: int = 0,
+    *,
+    moe: bool = False,
+    model: str = "organism:chain",
+    plan: Plan | None = None,
+    tell: Tell | None = None,
+) -> DemoResult:
+    """Run the whole loop and write everything into a new folder.
+
+    Args:
+        out: gets `report.html`, `result.json`, `checkpoint/`, `runs/`, and the direction, scores, steering and patch.
+        seed: of the sampling and of the controls.
+        moe: the loop on the mixture-of-experts organism, which this version does not have.
+        model: an organism.
+        plan: None takes the one of the organism's card.
+        tell: called as the work goes on.
+
+    Raises:
+        SteerError: `out` exists, `moe` was asked for, or the model is no organism.
+    """
+    out = Path(out)
+    if moe:
+        raise SteerError(
+            "the demo was asked for on organism:chain-moe, which is not bundled in this version",
+            "the dense organism",
+            "Leave out --moe",
+        )
+    if out.exists():
+        raise SteerError(
+            f"{out} exists already", "a folder that does not exist yet", "Choose another --out, or remove it"
+        )
+    began = time.monotonic()
+    with _one_thread():
+        return _demo(load(model), out, seed, plan, tell or (lambda *_: None), began)
+
+
+def _demo(base: SteerableModel, out: Path, seed: int, plan: Plan | None, tell: Tell, began: float) -> DemoResult:
+    if base.card is None:
+        raise SteerError(f"{base.name} is no organism with a card", "organism:chain")
+    from experiments.report import write_report
+
+    plan = Plan.of(base.card) if plan is None else plan
+    out.mkdir(parents=True)
+    write_text(out / MARK, f"made_by: steer demo\nmodel: {base.name}\nseed: {seed}\n")
+    bench = _Bench(out, Sampling.of(base), seed, plan, tell)
+    baseline = bench.evaluate(base, PLAIN)
+    fit = bench.evaluate(base, "fit", "chain:fit", plan.fit_questions, plan.fit_samples)
+    with bench.step("read activations"):
+        summary = collect(base, fit.traces, out / "summary", spans=tuple(dict.fromkeys((plan.span, plan.other_span))))
+    direction = _direction(summary, plan, plan.span, out / "direction.safetensors")
+    curve, controls = _curves(bench, base, direction, baseline)
+    with bench.step("score heads"):
+        scores = head_scores(summary, direction, base, seed=seed)
+        scores.save(out / "scores.safetensors")
+    edit, agreement = _edited(bench, base, direction, scores, baseline)
+    edits = (edit, _other_edit(bench, base, summary, scores), *_control_edits(bench, base, direction, scores))
+    result = DemoResult(
+        out=out,
+        model=base.name,
+        base_checkpoint=Path(base.path or "."),
+        card=base.card,
+        plan=plan,
+        seed=seed,
+        baseline=baseline,
+        fit=fit,
+        curve=curve,
+        controls=controls,
+        direction=direction,
+        scores=scores,
+        edits=edits,
+        agreement=agreement,
+        seconds=time.monotonic() - began,
+    )
+    tell("report", plan.steps, plan.steps, "")
+    write_report(result, out / "report.html")
+    write_text(out / RESULT, json.dumps(result.to_dict(), indent=1) + "\n")
+    return result
+
+
+def _direction(summary: Summary, plan: Plan, span: str, file: Path) -> Direction:
+    """The longest fifth of the fit thoughts minus the shortest, within questions of one size."""
+    direction = length_direction(summary, span=span, percentiles=plan.percentiles, by_group=True)
+    direction.save(file)
+    return direction
+
+
+def _curves(
+    bench: _Bench, base: SteerableModel, direction: Direction, baseline: Run
+) -> tuple[Curve, tuple[Curve, ...]]:
+    plan = bench.plan
+    steering = steering_for(direction, plan.site, plan.layers, "steered")
+    steering.save(bench.out / "steering.yaml")
+    curve = steering_curve(base, steering, plan.coefficients, baseline, bench.evaluate)
+    controls = []
+    for draw in range(plan.controls):
+        random = direction.random_like(1000 * bench.seed + draw)
+        other = steering_for(random, plan.site, plan.layers, f"random-direction-{draw + 1}")
+        controls.append(steering_curve(base, other, plan.coefficients, baseline, bench.evaluate))
+    return curve, tuple(controls)
+
+
+def _edited(
+    bench: _Bench, base: SteerableModel, direction: Direction, scores: HeadScores, baseline: Run
+) -> tuple[Edit, Agreement]:
+    """Patch the best heads into a checkpoint, verify it against the hook form, and evaluate what was written."""
+    heads = scores.top(bench.plan.heads)
+    patch = thinkedit(direction, heads, model=base)
+    patch.save(bench.out / "patch.safetensors")
+    checkpoint = bench.out / "checkpoint"
+    assert base.path is not None, "an organism lies in a folder"
+    patch.plan(base.path).apply(checkpoint)
+    with bench.step("verify"):
+        agreement = verify(base.with_(patch.steering()), checkpoint)
+    run = bench.evaluate(load(checkpoint, dtype=base.dtype), "thinkedit")
+    return Edit("ThinkEdit", heads, run), agreement
+
+
+def _other_edit(bench: _Bench, base: SteerableModel, summary: Summary, scores: HeadScores) -> Edit:
+    """The edit whose direction and scores come from the other span."""
+    plan = bench.plan
+    direction = _direction(summary, plan, plan.other_span, bench.out / "direction-other-span.safetensors")
+    heads = head_scores(summary, direction, base, permutations=0, splits=0).top(plan.heads)
+    patch = thinkedit(direction, heads, model=base)
+    run = bench.evaluate(base.with_(patch), "thinkedit-other-span")
+    return Edit(f"ThinkEdit, span {plan.other_span}", heads, run, kind="other span")
+
+
+def _control_edits(bench: _Bench, base: SteerableModel, direction: Direction, scores: HeadScores) -> Iterator[Edit]:
+    """The same edit on random other heads, and of the same heads along a random direction."""
+    best = scores.top(bench.plan.heads)
+    for draw in range(bench.plan.controls):
+        heads = scores.random(len(best), seed=1000 * bench.seed + draw, exclude=best)
+        run = bench.evaluate(base.with_(thinkedit(direction, heads)), f"random-heads-{draw + 1}")
+        yield Edit(f"{len(best)} random other heads, draw {draw + 1}", heads, run, kind="random heads")
+    random = direction.random_like(1000 * bench.seed)
+    run = bench.evaluate(base.with_(thinkedit(random, best)), "random-direction")
+    yield Edit("the same heads, a random direction", best, run, kind="random direction")
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """So tiny a model is slower on several threads, and its bytes then depend on their number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def clear_own(folder: Path) -> None:
+    """Remove a folder that the demo made; leave one that does not exist.
+
+    Raises:
+        SteerError: something else is there.
+    """
+    if not folder.exists():
+        return
+    mark = folder / MARK
+    if not mark.is_file() or not mark.read_text("utf-8").startswith("made_by: steer demo\n"):
+        raise SteerError(
+            f"the folder {folder} exists and was not made by the demo",
+            "no such folder, or the one of an earlier demo, which is replaced",
+            "Remove it, or choose another with --out",
+        )
+    shutil.rmtree(folder)

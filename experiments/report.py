@@ -1,0 +1,270 @@
+"""The demo's report: one HTML file that needs nothing else, to be read without the code.
+
+`python -m experiments.report DEMO.json --figure FILE.png` draws the README's picture from a demo's `result.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from experiments import charts, wording
+from experiments.charts import Series
+from experiments.intervals import Interval
+from experiments.run import Run
+from steer.files import write_text
+from steer.trace import Trace
+
+if TYPE_CHECKING:
+    from experiments.curve import Curve
+    from experiments.demo_result import DemoResult, Edit
+
+FIFTHS = ("shortest", "2nd", "3rd", "4th", "longest")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question with the replies of several forms of the model side by side.
+
+    Attributes:
+        why: what it is an example of.
+        question: as the user said it.
+        gold: the right answer.
+        replies: heading, HTML of the reply, tokens of thought, whether it is right.
+    """
+
+    why: str
+    question: str
+    gold: str
+    replies: tuple[tuple[str, Markup, str, bool], ...]
+
+
+def write_report(result: DemoResult, file: Path) -> None:
+    """Write the report of a demo; the file must not exist."""
+    write_text(file, render(result))
+
+
+def render(result: DemoResult) -> str:
+    """The HTML of the report."""
+    environment = Environment(
+        loader=PackageLoader("experiments", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"percent": wording.percent, "tokens": wording.tokens, "points": wording.points}
+    return environment.get_template("demo.html.jinja").render(
+        result=result,
+        sentences=result.sentences(),
+        steering=[Markup(chart) for chart in steering_charts(result)],
+        heads=Markup(head_chart(result)),
+        fifths=Markup(fifths_chart(result)),
+        edits=[Markup(chart) for chart in edit_charts(result)],
+        table=[_row(result, edit) for edit in result.edits],
+        slopes=_slopes(result),
+        examples=examples(result),
+        verification=result.agreement.rows(),
+        provenance=provenance(result),
+    )
+
+
+def interval(found: dict[str, Any]) -> Interval:
+    """An interval of a run's summary."""
+    return Interval(found["value"], found.get("low"), found.get("high"))
+
+
+def steering_charts(result: DemoResult) -> tuple[str, str, str]:
+    """Coefficient against length, accuracy and closed share."""
+    x = "coefficient of the length direction"
+
+    def series(*path: str) -> list[Series]:
+        def points(curve: Curve) -> tuple[Interval, ...]:
+            return tuple(interval(_at(run, *path)) for run in curve.runs)
+
+        controls = [
+            Series(f"random direction {number}", "control", curve.coefficients, points(curve))
+            for number, curve in enumerate(result.controls, 1)
+        ]
+        return [Series("length direction", "main", result.curve.coefficients, points(result.curve)), *controls]
+
+    whole = (0.0, 1.0)
+    return (
+        charts.line_chart(
+            series("thinking_tokens", "mean"), "Length of thought by coefficient", x, "tokens of thought"
+        ),
+        charts.line_chart(series("accuracy"), "Accuracy by coefficient", x, "right answers", charts.share, whole),
+        charts.line_chart(
+            series("thoughts", "closed"), "Closed thoughts by coefficient", x, "closed thoughts", charts.share, whole
+        ),
+    )
+
+
+def _at(run: Run, *path: str) -> dict[str, Any]:
+    found: dict[str, Any] = run.summary
+    for key in path:
+        found = found[key]
+    return found
+
+
+def head_chart(result: DemoResult) -> str:
+    """The map of head scores with the edited heads outlined."""
+    return charts.head_map(result.scores.values.tolist(), result.edit.heads, "Score of every attention head")
+
+
+def fifths_chart(result: DemoResult) -> str:
+    """Accuracy by length of thought, before and after the edit."""
+    before, after = (
+        [interval(found) for found in run.summary["accuracy_by_fifth_of_length"]]
+        for run in (result.baseline, result.edit.run)
+    )
+    return charts.category_chart(
+        before,
+        after,
+        FIFTHS,
+        "Accuracy by length of thought",
+        "fifths of the replies, by length of thought",
+        "right answers",
+        ("unchanged", "ThinkEdit"),
+    )
+
+
+def edit_charts(result: DemoResult) -> tuple[str, str]:
+    """Accuracy and share of short thoughts: unchanged, edited, and the controls."""
+    kinds = {"thinkedit": "main", "other span": "after"}
+
+    def rows(*path: str) -> list[tuple[str, str, Interval]]:
+        unchanged = ("unchanged", "before", interval(_at(result.baseline, *path)))
+        return [
+            unchanged,
+            *((edit.name, kinds.get(edit.kind, "control"), interval(_at(edit.run, *path))) for edit in result.edits),
+        ]
+
+    def chart(title: str, x: str, *path: str) -> str:
+        return charts.row_chart(rows(*path), title, x, _at(result.baseline, *path)["value"])
+
+    return (
+        chart("Accuracy by edit", "right answers", "accuracy"),
+        chart("Share of short thoughts by edit", "short thoughts", "thoughts", "short"),
+    )
+
+
+def _row(result: DemoResult, edit: Edit) -> dict[str, str]:
+    change = result.change(edit)
+    return {
+        "name": edit.name,
+        "heads": ", ".join(f"{layer}.{head}" for layer, head in edit.heads),
+        "accuracy": wording.percent(edit.run.accuracy),
+        "accuracy_change": wording.points(change.accuracy),
+        "short": wording.percent(edit.run.summary["thoughts"]["short"]["value"]),
+        "short_change": wording.points(change.short_share),
+        "length": wording.tokens(edit.run.mean_thinking_tokens),
+        "shortest": wording.points(change.accuracy_of_shortest_fifth),
+    }
+
+
+def _slopes(result: DemoResult) -> list[tuple[str, str]]:
+    curves = [("length direction", result.curve)]
+    curves += [(f"random direction {number}", curve) for number, curve in enumerate(result.controls, 1)]
+    found = [(name, curve.slope(result.seed)) for name, curve in curves]
+    return [
+        (name, f"{slope.value:+.1f} ({slope.low:+.1f} to {slope.high:+.1f})".replace("-", "−"))
+        for name, slope in found
+        if slope.value is not None and slope.low is not None and slope.high is not None
+    ]
+
+
+def examples(result: DemoResult) -> list[Example]:
+    """Replies to the first questions, in the order of the run, of three kinds; kinds without a question are left out.
+
+    The sampling of a question uses the same random numbers in every form of the model, so that what differs is the
+    change.
+    """
+    before, after = result.baseline.traces, result.edit.run.traces
+    pairs = list(zip(before, after, strict=True))
+    kinds = (
+        (
+            "The edit turned a short thought into a full one",
+            lambda a, b: _short(result, a) and not a.correct and b.correct,
+        ),
+        ("The edit changed nothing that matters", lambda a, b: a.correct and b.correct and not _short(result, a)),
+        ("The edit did harm, or chance did", lambda a, b: a.correct and not b.correct),
+    )
+    chosen = []
+    for why, fits in kinds:
+        place = next((index for index, (a, b) in enumerate(pairs) if fits(a, b)), None)
+        if place is not None:
+            chosen.append(_example(result, why, place))
+    return chosen
+
+
+def _short(result: DemoResult, trace: Trace) -> bool:
+    below = result.baseline.short_below.get(trace.item)
+    return below is not None and bool(trace.closed) and (trace.thinking_tokens or 0) < below
+
+
+def _example(result: DemoResult, why: str, place: int) -> Example:
+    forms = (
+        ("unchanged", result.baseline),
+        ("ThinkEdit", result.edit.run),
+        (f"steered by {charts.number(result.curve.coefficients[0])}", result.curve.runs[0]),
+        (f"steered by {charts.number(result.curve.coefficients[-1])}", result.curve.runs[-1]),
+    )
+    marks = result.card["marks"]
+    trace = result.baseline.traces[place]
+    replies = []
+    for heading, run in forms:
+        reply = run.traces[place]
+        length = f"{reply.thinking_tokens} tokens of thought" if reply.closed else "the thought was not closed"
+        replies.append((heading, marked(reply.text, marks["opening"], marks["closing"]), length, bool(reply.correct)))
+    question = trace.prompt if isinstance(trace.prompt, str) else str(trace.prompt[-1]["content"])
+    return Example(why, question, trace.gold or "", tuple(replies))
+
+
+def marked(text: str, opening: str, closing: str) -> Markup:
+    """A reply as HTML, its thinking set off by colour and by its own marks in bold."""
+    before, found, rest = text.partition(opening)
+    if not found:
+        return Markup(escape(text))
+    thought, closed, answer = rest.partition(closing)
+    end = f"<b>{escape(closing)}</b>" if closed else ""
+    inner = f"<b>{escape(opening)}</b>{escape(thought)}{end}"
+    return Markup(f'{escape(before)}<span class="thought">{inner}</span>{escape(answer)}')
+
+
+def provenance(result: DemoResult) -> list[tuple[str, str]]:
+    """What made the figures."""
+    plan, sampling = result.plan, result.baseline.traces.meta["sampling"]
+    return [
+        ("model", f"{result.model}, weights {result.baseline.traces.meta['model']['weights_id'][:12]}"),
+        ("sampling", ", ".join(f"{name} {value}" for name, value in sampling.items()) + f", seed {result.seed}"),
+        ("test questions", f"{plan.questions}, one reply each; intervals are 95 % over questions"),
+        ("direction", f"span {plan.span} at {result.direction.site}, {len(result.fit.traces)} replies to fit questions; shortest and longest fifth within questions of one size"),
+        ("steering", f"added at {plan.site} of layers {', '.join(map(str, plan.layers))}, at every position"),
+        ("versions", ", ".join(f"{name} {version(name)}" for name in ("reasoning-steer", "torch", "transformers"))),
+        ("machine", f"{platform.machine()}, Python {platform.python_version()}; {result.seconds:.0f} seconds in all"),
+    ]  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Draw the README's picture."""
+    from experiments.figure import draw
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("result", type=Path, help="result.json of a demo")
+    parser.add_argument("--figure", type=Path, required=True, help="the picture: .png or .svg")
+    options = parser.parse_args(arguments)
+    draw(options.result, options.figure)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""The demo's findings in plain sentences. What cannot be told from chance is said to be so."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from experiments.intervals import Interval
+
+if TYPE_CHECKING:
+    from experiments.demo_result import DemoResult
+
+UNKNOWN = "not known"
+
+
+def percent(value: float | None) -> str:
+    """A share as a whole per cent, below one per cent with a decimal."""
+    if value is None:
+        return UNKNOWN
+    return f"{100 * value:.1f} %" if 0 < abs(value) < 0.01 else f"{100 * value:.0f} %"
+
+
+def tokens(value: float | None) -> str:
+    """A mean length: one decimal below ten, whole tokens above."""
+    if value is None:
+        return UNKNOWN
+    return f"{value:.1f}" if abs(value) < 9.95 else f"{value:.0f}"
+
+
+def points(change: Interval) -> str:
+    """A change of a share in points, with its interval."""
+    if change.value is None or change.low is None or change.high is None:
+        return UNKNOWN
+    low, value, high = (100 * each for each in (change.low, change.value, change.high))
+    return f"{value:+.0f} points, 95 % interval {low:+.0f} to {high:+.0f}".replace("-", "−")
+
+
+def clear(change: Interval) -> bool:
+    """Whether an interval excludes zero."""
+    return change.low is not None and change.high is not None and not change.low <= 0 <= change.high
+
+
+def sentences(result: DemoResult) -> tuple[str, ...]:
+    """The baseline, steering, the edit, and the verification, a paragraph each."""
+    return (baseline(result), steering(result), editing(result), verification(result))
+
+
+def baseline(result: DemoResult) -> str:
+    """How the unchanged model does."""
+    run = result.baseline
+    short = run.summary["thoughts"]["short"]["value"]
+    return (
+        f"Unchanged, {result.model} gives the right answer in {percent(run.accuracy)} of {run.summary['replies']} replies to"
+        f" questions that were used for nothing else. Its thoughts are {tokens(run.mean_thinking_tokens)} tokens long on"
+        f" average; {percent(short)} of them are short: they stop before every step has been written once."
+    )
+
+
+def steering(result: DemoResult) -> str:
+    """What adding the direction does, beside random directions."""
+    curve, ratio = result.curve, result.curve.ratio(result.seed)
+    first, last = curve.lengths[0], curve.lengths[-1]
+    others = [length for control in result.controls for length in control.lengths if length is not None]
+    closed = min(float(run.summary["thoughts"]["closed"]["value"] or 0) for run in curve.runs)
+    by = (
+        ""
+        if ratio.low is None
+        else f", a factor of {ratio.value:.1f} (95 % interval {ratio.low:.1f} to {ratio.high:.1f})"
+    )
+    beyond = result.curve.slope_beyond(result.controls, result.seed)
+    verdict = "" if clear(beyond) else " The slope cannot be told from that of the random directions."
+    return (
+        f"Adding the length direction to layers {', '.join(map(str, result.plan.layers))} with coefficients from"
+        f" {curve.coefficients[0]:g} to {curve.coefficients[-1]:g} moves the mean thought from {tokens(first)} to"
+        f" {tokens(last)} tokens{by}, and accuracy from {percent(curve.accuracies[0])} to {percent(curve.accuracies[-1])};"
+        f" at every coefficient at least {percent(closed)} of the thoughts close. Random directions of the same norm give"
+        f" thoughts of {tokens(min(others))} to {tokens(max(others))} tokens.{verdict}"
+    ).replace("from -", "from −")
+
+
+def editing(result: DemoResult) -> str:
+    """What ThinkEdit does, beside random heads."""
+    before, after, change = result.baseline, result.edit.run, result.change(result.edit)
+    short = [run.summary["thoughts"]["short"]["value"] for run in (before, after)]
+    total = result.scores.values.numel()
+    controls = [percent(edit.run.accuracy) for edit in result.random_heads]
+    beyond = result.beyond_random_heads()
+    verdict = "" if clear(beyond) else " The gain over random heads cannot be told from chance on so few replies."
+    return (
+        f"Taking the direction out of what {len(result.edit.heads)} of the {total} attention heads can write (ThinkEdit)"
+        f" takes the share of short thoughts from {percent(short[0])} to {percent(short[1])}"
+        f" ({points(change.short_share)}), and accuracy from {percent(before.accuracy)} to {percent(after.accuracy)}"
+        f" ({points(change.accuracy)}). The same edit of as many random other heads gives an accuracy of"
+        f" {' and '.join(controls)}.{verdict}"
+    )
+
+
+def verification(result: DemoResult) -> str:
+    """Whether hook and checkpoint agree."""
+    found = result.agreement
+    same = {True: "every byte is as the patch wants it", False: "bytes differ", None: "bytes were not compared"}
+    floor = "unknown" if found.floor is None else f"{found.floor:.1e}"
+    gap = "not measured" if found.max_abs_logit_difference is None else f"{found.max_abs_logit_difference:.1e}"
+    verdict = "The two forms agree" if found.passed else "The two forms DO NOT agree"
+    return (
+        f"{verdict}: the edit was written as a checkpoint of {found.tensors} tensors, of which {found.patched} changed, and"
+        f" {same[found.bytes_equal]}. Run as hooks on the unchanged model it gives the same logits but for {gap}; rounding"
+        f" alone moves them by {floor}."
+    )
