@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from steer import wrap
+from steer.anatomy.forms import reaches
 from steer.coverage import Coverage, coverage
 from steer.directions import Direction
 from steer.form_table import Form
@@ -299,3 +300,19 @@ def test_it_shows_itself() -> None:
     data = found.to_dict()
     assert json.loads(json.dumps(data)) == json.loads(json.dumps({"form": "patch", "ok": False, "rows": data["rows"]}))
     assert data["rows"][1]["done"] == 1
+
+
+@pytest.mark.parametrize("family", [*PLAIN, *NORMED, "qwen3_moe"])
+def test_the_outline_that_inspect_prints_says_the_same(family: str) -> None:
+    kinds = {"Add": Add, "ProjectOut": ProjectOut}
+    for reach in reaches(model(family).anatomy):
+        kind, _, site = reach.change.partition(" at ")
+        change = heads(*((layer, 0) for layer in LAYERS)) if site == "head_out" else kinds[kind](v(), site)
+        form: Any = reach.form
+        rows = cover(change, family, form).rows
+        reached = sum(len(row.layers) for row in rows if row.expressible)
+        if "bias has no component" in reach.why:
+            assert reached <= reach.layers
+        else:
+            assert (reached, rows[0].total) == (reach.layers, reach.total), reach
+        assert (sum(row.done for row in rows) > 0) == (reach.here and reach.layers > 0), reach
