@@ -4,8 +4,8 @@
 (`edits.checkpoint`) both call it, so the two can be compared byte by byte; `low_rank` says the same change as
 factors, for the hook form.
 
-It works on one block of columns at a time, the columns that one head writes through, copied to the CPU in
-float64. It uses only element by element operations and a fixed tree of additions, all rounded as IEEE 754
+It works on one block of columns at a time, part of the columns that one head writes through, copied to the CPU in
+float64; the bounds depend on the shape alone. It uses only element by element operations and a fixed tree of additions, all rounded as IEEE 754
 says; hence its bytes depend on the weight and the operations alone, not on the alignment of the memory, the
 number of threads, the BLAS or the device. The result is cast to the weight's dtype once, at the end.
 """
@@ -16,6 +16,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from steer.errors import SteerError
 
+BLOCK = 1 << 16  # Numbers in a block: half a megabyte of float64.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MODULES = ("attention_output",)
 
@@ -43,8 +45,8 @@ class Matrix:
 class Operation(Protocol):
     """What a patch does to one matrix W (out, in), block of columns by block of columns.
 
-    A block is the columns of one head (`head_width` of them). Operations on one matrix act in the order of the
-    patch, each on what its predecessor left.
+    A block is some or all columns of one head; what is done to a column does not depend on its neighbours.
+    Operations on one matrix act in the order of the patch, each on what its predecessor left.
     """
 
     @property
@@ -144,7 +146,7 @@ class ProjectColumns:
         """The vector, float32 on the CPU."""
         return self.vector
 
-    @property
+    @cached_property
     def unit(self) -> Float[Tensor, " out"]:
         """v̂ in float64."""
         vector = self.vector.double()
@@ -266,14 +268,17 @@ def edited_blocks(weight: Float[Tensor, "out in"], operations: Sequence[Operatio
         SteerError: the weight's dtype is none of `DTYPES`.
     """
     operations = [operation for operation in operations if operation.weight != 0]
+    step = max(1, BLOCK // weight.shape[0])
     for head in sorted({head for operation in operations for head in operation.heads}):
-        columns = slice(head * head_width, (head + 1) * head_width)
-        before = _wide(weight, columns)
-        exact = before
-        for operation in operations:
-            if head in operation.heads:
-                exact = exact + operation.change(exact)
-        yield Block(columns, before, exact, exact.to(weight.dtype))
+        end = (head + 1) * head_width
+        for start in range(head * head_width, end, step):
+            columns = slice(start, min(start + step, end))
+            before = _wide(weight, columns)
+            exact = before
+            for operation in operations:
+                if head in operation.heads:
+                    exact = exact + operation.change(exact)
+            yield Block(columns, before, exact, exact.to(weight.dtype))
 
 
 def edit_(weight: Float[Tensor, "out in"], operations: Sequence[Operation], head_width: int) -> Survival:

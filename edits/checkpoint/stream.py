@@ -118,13 +118,19 @@ def splice(
     position, records = 0, []
     for part in sorted(splices, key=lambda part: part.start):
         _copy_in_steps(source, target, position, part.start, progress)
-        buffer = read_exactly(source, part.start, part.end)
-        records.append(part.rewrite(buffer))
-        write_all(target, buffer, part.start)
+        records.append(_rewrite(source, target, part))
         progress(part.end - part.start)
         position = part.end
     _copy_in_steps(source, target, position, size, progress)
     return records
+
+
+def _rewrite(source: int, target: int, part: Splice) -> Json:
+    """Read, change and write one range; its buffer is gone before the next one is read."""
+    buffer = read_exactly(source, part.start, part.end)
+    record = part.rewrite(buffer)
+    write_all(target, buffer, part.start)
+    return record
 
 
 def _copy_in_steps(source: int, target: int, start: int, end: int, progress: Callable[[int], None]) -> None:

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from steer import operations as module
 from steer.errors import SteerError
 from steer.operations import ProjectColumns, Survival, edit_, edited, edited_blocks, low_rank, tensor_hash
 
@@ -217,6 +218,15 @@ def test_blocks_are_the_touched_heads() -> None:
     blocks = list(edited_blocks(weights(), [project(4, 1), project(1, seed=3)], 8))
     assert [block.columns for block in blocks] == [slice(8, 16), slice(32, 40)]
     assert all(block.exact.dtype == torch.float64 for block in blocks)
+
+
+@pytest.mark.parametrize("size", [1, 48, 150, 1 << 20])
+def test_bytes_do_not_depend_on_the_size_of_blocks(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    operations = [project(1, 4), project(4, seed=2)]
+    expected = tensor_hash(edited(weights(), operations, 8))
+    monkeypatch.setattr(module, "BLOCK", size)
+    assert tensor_hash(edited(weights(), operations, 8)) == expected
+    assert len(list(edited_blocks(weights(), operations, 8))) == {1: 16, 48: 16, 150: 6, 1 << 20: 2}[size]
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
