@@ -94,7 +94,7 @@ def provenance(name: str, folder: Path, seed: int) -> dict[str, Any]:
         "dtype": "float32",
         "versions": {
             "python": platform.python_version(),
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),
             "transformers": transformers.__version__,
         },
         "trainings": [asdict(options) for options in trainings(seed)[name]],
