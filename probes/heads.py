@@ -84,38 +84,35 @@ def head_scores(
             f"one of {', '.join(GROUPS)}, and a direction of the residual stream's width",
             "Make the direction at resid_mid",
         )
+    direction.refuse_zero(direction.layers, "cannot be scored against")
     weights = _weights(summary, direction, group, permutations, splits, seed)
     shape = (model.anatomy.layers, model.anatomy.heads)
     values, lower, upper, p_value = (torch.full(shape, torch.nan, dtype=torch.float64) for _ in range(4))
     halves: list[list[Tensor]] = []
-    direction.refuse_zero(direction.layers, "cannot be scored against")
     for layer in direction.layers:
         writes = mean_writes(summary, model, layer, weights.span, weights.z)
-        contrasts = (
-            summary.combine(quantity(direction.site, weights.span), weights.contrast, (layer,))[:, 0]
-            if len(weights.contrast)
-            else None
-        )
         values[layer] = -writes[0] @ unit_vector(direction[layer])
-        if contrasts is not None:
-            null = -writes[0] @ _units(contrasts[:permutations]).T
-            if permutations:
-                lower[layer], upper[layer] = torch.quantile(
-                    null, torch.tensor([0.025, 0.975], dtype=torch.float64), dim=1
-                )
-                p_value[layer] = (1 + (null >= values[layer][:, None]).sum(1)) / (1 + permutations)
-            halves.append(
-                [-write @ unit for write, unit in zip(writes[1:], _units(contrasts[permutations:]), strict=True)]
-            )
-    return HeadScores(
-        values,
-        lower if permutations else None,
-        upper if permutations else None,
-        p_value if permutations else None,
-        _stability(halves),
-        model.identity,
-        _story(summary, direction, weights, group, permutations, len(weights.z) // 2, seed),
-    )
+        units = _contrast_units(summary, direction, weights, layer)
+        if permutations:
+            null = -writes[0] @ units[:permutations].T
+            lower[layer], upper[layer] = torch.quantile(null, torch.tensor([0.025, 0.975], dtype=torch.float64), dim=1)
+            p_value[layer] = (1 + (null >= values[layer][:, None]).sum(1)) / (1 + permutations)
+        halves.append([-write @ unit for write, unit in zip(writes[1:], units[permutations:], strict=True)])
+    made = len(weights.z) // 2
+    interval = {"lower": lower, "upper": upper, "p_value": p_value} if permutations else {}
+    story = _story(summary, direction, weights, group, permutations, made, seed)
+    return HeadScores(values, **interval, stability=_stability(halves), model=model.identity, provenance=story)
+
+
+def _contrast_units(
+    summary: Summary, direction: Direction, weights: _Weights, layer: int
+) -> Float64[Tensor, "draw hidden"]:
+    """Return the unit directions of shuffled labels, then of halves, in one layer."""
+    if not len(weights.contrast):
+        return torch.zeros(0, direction.width[0], dtype=torch.float64)
+    vectors = summary.combine(quantity(direction.site, weights.span), weights.contrast, (layer,))[:, 0]
+    norms: Tensor = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
+    return vectors / norms.clamp(min=1e-300)
 
 
 def mean_writes(
@@ -219,11 +216,6 @@ def _only_span(summary: Summary) -> str:
             "Collect with the one span that is meant",
         )
     return spans[0]
-
-
-def _units(vectors: Float64[Tensor, "draw hidden"]) -> Float64[Tensor, "draw hidden"]:
-    norms: Tensor = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
-    return vectors / norms.clamp(min=1e-300)
 
 
 def _stability(halves: list[list[Tensor]]) -> float | None:

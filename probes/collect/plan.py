@@ -7,6 +7,7 @@ wanted spans has a position in it, or where it belongs to no group although grou
 from __future__ import annotations
 
 import math
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from steer.traces import Trace, trace_line
 if TYPE_CHECKING:
     from steer.model import SteerableModel
 
-Positions = dict[str, list[int]]
+Positions = dict[str, Sequence[int]]
 TOO_LONG, NO_SPAN, NO_GROUP, EMPTY = (
     "longer than the model or max_tokens allows",
     "no position in any wanted span",
@@ -110,7 +111,7 @@ def make_plan(
     positions: dict[str, Positions] = {}
     for name, trace in known.items():
         _check_vocabulary(trace, model.anatomy.vocab)
-        where = {span: list(span_positions(span, trace, model.marks, model.tokenizer)) for span in spans}
+        where = {span: _compact(span_positions(span, trace, model.marks, model.tokenizer)) for span in spans}
         reason = _reason(trace, where, limit, groups, any(kept.span is None for kept in keeps.values()))
         if reason is not None:
             dropped[reason] += 1
@@ -149,6 +150,13 @@ def model_limit(model: SteerableModel) -> int | None:
     """Return how many positions the model's configuration allows; None where it does not say."""
     value = getattr(model.hf.config.get_text_config(), "max_position_embeddings", None)
     return value if isinstance(value, int) and value > 0 else None
+
+
+def _compact(positions: list[int]) -> Sequence[int]:
+    """Return the same positions in little memory: a range where there is no gap."""
+    if positions and positions[-1] - positions[0] == len(positions) - 1:
+        return range(positions[0], positions[-1] + 1)
+    return array("i", positions)
 
 
 def _by_id(traces: Iterable[Trace]) -> dict[str, Trace]:

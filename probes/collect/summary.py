@@ -74,7 +74,10 @@ class Summary:
         parts = [row for shard in self.shards for row in shard.read_rows()]
         if self.keep == "trace":
             return tuple(parts)
-        return tuple(_joined([row for row in parts if row.id == label]) for label in sorted({row.id for row in parts}))
+        by_label: dict[str, list[Row]] = {}
+        for row in parts:
+            by_label.setdefault(row.id, []).append(row)
+        return tuple(_joined(by_label[label]) for label in sorted(by_label))
 
     def __len__(self) -> int:
         return len(self.rows)
