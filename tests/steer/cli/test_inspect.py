@@ -1,0 +1,96 @@
+"""`steer inspect`: what it prints agrees with the model, and it stays light."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import steer
+from steer import Add, Direction, ProjectOut, Steering
+from steer.anatomy.record import FAMILIES
+from steer.cli.app import run
+from tests.tiny import FAMILIES as TINY
+
+
+def inspected(capsys, *arguments):
+    status = run(["inspect", *map(str, arguments), "--json"])
+    return status, json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_the_numbers_are_the_models(tiny_folder, capsys, family):
+    folder = tiny_folder(family)
+    status, found = inspected(capsys, folder, "--self-check")
+    model = steer.load(folder)
+    assert status == 0
+    assert found["identity"] == model.identity.to_dict()
+    assert {name: found[name] for name in model.anatomy.numbers()} == model.anatomy.numbers()
+    assert found["attention_contribution"]["kind"] == model.anatomy.attention_contribution.kind
+    assert found["sites"]["mlp_raw"] == len(model.anatomy.dense_mlp_layers) and found["sites"]["z"] == 4
+    assert found["self_check"]["layers"] == 4 and max(found["self_check"]["differences"].values()) <= found["self_check"]["tolerance"]
+
+
+def test_it_reads_well(tiny_folder, capsys):
+    assert run(["inspect", str(tiny_folder("granite"))]) == 0
+    text = capsys.readouterr().out
+    for part in ("granite", "head_width 12", "times 0.22", "mlp_raw 4/4", "ProjectOut at head_out", "4/4 (later)", "shape_id"):
+        assert part in text
+    assert run(["inspect", str(tiny_folder("gemma2"))]) == 0
+    assert "through the norm post_attention_layernorm" in capsys.readouterr().out
+    assert run(["inspect", str(tiny_folder("qwen3_moe"))]) == 0
+    assert "mlp_raw 2/4" in capsys.readouterr().out
+
+
+def test_the_coverage_of_a_change(tiny_folder, tmp_path, capsys):
+    d = Direction(torch.ones(1, 48), (1,), "resid_mid")
+    path = Steering((Add(d, "attn_out"), ProjectOut(d, "head_out", heads=((1, 0),)))).save(tmp_path / "both.yaml")
+    status, found = inspected(capsys, f"{tiny_folder('qwen3')}+{path}")
+    assert status == 0
+    by_form = {each["form"]: each for each in found["changes"][0]["coverage"]}
+    assert by_form["hook"]["ok"] and not by_form["patch"]["ok"] and set(by_form) == {"hook", "vllm", "patch", "lora"}
+    assert run(["inspect", f"{tiny_folder('qwen3')}+{path}"]) == 0
+    assert "hook form, 2 of 2 parts" in capsys.readouterr().out
+
+
+def test_an_unknown_family_and_the_users_record(tiny_folder, tmp_path, capsys):
+    source, folder = tiny_folder("llama"), tmp_path / "novel"
+    folder.mkdir()
+    config = json.loads((source / "config.json").read_text()) | {"model_type": "novel"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes())
+    status, found = inspected(capsys, folder)
+    assert status == 2 and "model.layers.0.self_attn.o_proj.weight" in found["error"]["message"] and "anatomy=FILE" in found["error"]["remedy"]
+    record = tmp_path / "novel.yaml"
+    record.write_text((FAMILIES / "llama.yaml").read_text().replace("family: llama", "family: novel").replace("[llama]", "[novel]"))
+    status, found = inspected(capsys, folder, "--anatomy", record)
+    assert status == 0 and found["family"] == "novel"
+
+
+@pytest.mark.parametrize("name", ["organism:nobody", "./nowhere"])
+def test_bad_names_exit_with_two(capsys, name):
+    assert run(["inspect", name]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("steer: ") and captured.err.count("\n") == 1 and not captured.out
+
+
+def test_400_tensors_take_no_torch(tiny_folder, tmp_path):
+    """What keeps it under a second; how long it takes is measured in benchmarks, never in a test."""
+    config = json.loads((tiny_folder("llama", attention_bias=False, mlp_bias=False) / "config.json").read_text())
+    layers, tensors = 44, {}
+    for layer in range(layers):
+        for name, shape in {"self_attn.o_proj": (48, 48), "mlp.down_proj": (48, 64), "input_layernorm": (48,), "post_attention_layernorm": (48,)}.items():
+            tensors[f"model.layers.{layer}.{name}.weight"] = torch.zeros(shape)
+        for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"):
+            tensors[f"model.layers.{layer}.{name}.weight"] = torch.zeros(2, 48)
+    tensors |= {"model.embed_tokens.weight": torch.zeros(60, 48), "lm_head.weight": torch.zeros(60, 48), "model.norm.weight": torch.zeros(48)}
+    assert len(tensors) >= 399
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers}))
+    code = "import sys; from steer.cli.app import run; run(['inspect', sys.argv[1], '--json']); assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["tensors"] == len(tensors)
