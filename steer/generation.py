@@ -84,19 +84,15 @@ def as_prompts(prompts: Sequence[Content | Prompt]) -> list[Prompt]:
         raise SteerError("there are no prompts", "at least one")
     if isinstance(prompts, str):
         raise SteerError("a single text was given for a list of prompts", "a list", "Write [prompt]")
-    named = [
-        content if isinstance(content, Prompt) else Prompt(f"{number:05d}", content)
-        for number, content in enumerate(prompts)
-    ]
-    for prompt in named:
-        messages = not isinstance(prompt.content, str) and all(
-            isinstance(message, Mapping) for message in prompt.content
-        )
-        if not isinstance(prompt.content, str) and not (messages and prompt.content):
+    named: list[Prompt] = []
+    for number, given in enumerate(prompts):
+        item, content = (given.id, given.content) if isinstance(given, Prompt) else (f"{number:05d}", given)
+        chat = isinstance(content, list | tuple) and all(isinstance(message, Mapping) for message in content)
+        if not isinstance(content, str) and not (chat and content):
             raise SteerError(
-                f"prompt {prompt.id} is {str(prompt.content)[:60]!r}",
-                "text, or a list of messages with role and content",
+                f"prompt {item} is {str(content)[:60]!r}", "text, or a list of messages with role and content"
             )
+        named.append(given if isinstance(given, Prompt) else Prompt(item, content))
     return named
 
 

@@ -23,7 +23,20 @@ def words(tokenizer, rendered):
 
 def test_chat_messages_and_where_the_reply_begins(tokenizer):
     rendered = render(tokenizer, CHAT)
-    expected = "<|im_start|> system think <|im_end|> <|im_start|> user a = 3 <|im_end|> <|im_start|> assistant".split()
+    expected = [
+        "<|im_start|>",
+        "system",
+        "think",
+        "<|im_end|>",
+        "<|im_start|>",
+        "user",
+        "a",
+        "=",
+        "3",
+        "<|im_end|>",
+        "<|im_start|>",
+        "assistant",
+    ]
     assert words(tokenizer, rendered) == expected
     assert rendered.generation_prompt_start == len(expected) - 2
 

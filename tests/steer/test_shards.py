@@ -12,6 +12,11 @@ from hypothesis import strategies as st
 from steer.shards import SHARD, Journal, Shard, cut
 from tests.steer.made import refused
 
+
+def names(folder):
+    return sorted(each.name for each in folder.iterdir())
+
+
 KEY = {"seed": 1, "model": "m", "sampling": {"temperature": 0.5}}
 
 
@@ -86,7 +91,7 @@ def test_notes_never_touch_results(tmp_path):
 def test_a_failed_write_leaves_no_shard(tmp_path, monkeypatch):
     shard = cut("ab")[0]
     journal = Journal(tmp_path, KEY)
-    before = sorted(os.listdir(tmp_path))
+    before = names(tmp_path)
 
     def full(descriptor):
         raise OSError(28, "No space left on device")
@@ -94,4 +99,4 @@ def test_a_failed_write_leaves_no_shard(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         journal.write(shard, b"half")
-    assert not journal.has(shard) and sorted(os.listdir(tmp_path)) == before
+    assert not journal.has(shard) and names(tmp_path) == before

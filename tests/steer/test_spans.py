@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import ClassVar
 
 import pytest
 from hypothesis import given
@@ -135,7 +136,7 @@ class Spaced:
     """Like a byte-pair vocabulary: a word after a space is another token; no space is written between tokens."""
 
     unk_token_id = None
-    vocabulary = {"wait": 0, "Ġwait": 1, "w": 2, "a": 3, "it": 4, "Ġ": 5, "Ġso": 6, ",": 7}
+    vocabulary: ClassVar = {"wait": 0, "Ġwait": 1, "w": 2, "a": 3, "it": 4, "Ġ": 5, "Ġso": 6, ",": 7}
 
     def get_vocab(self):
         return self.vocabulary

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import stat
 
 import pytest
@@ -12,6 +11,11 @@ from steer.identity import tokenizer_id
 from steer.marks import Marks
 from steer.traces import Traces, from_text
 from tests.steer.made import refused
+
+
+def names(folder):
+    return sorted(each.name for each in folder.iterdir())
+
 
 QUESTION = [{"role": "user", "content": "a = 3"}]
 REPLY = "<think> so a = 3 ; </think> the answer is 3"
@@ -42,10 +46,15 @@ def run(tokenizer):
 
 def test_plain_text_becomes_traces(run, tokenizer):
     first, unclosed, raw = run
-    assert (
-        tokenizer.convert_ids_to_tokens(list(first.tokens[slice(*first.thinking_span)]))
-        == "<think> so a = 3 ; </think>".split()
-    )
+    assert tokenizer.convert_ids_to_tokens(list(first.tokens[slice(*first.thinking_span)])) == [
+        "<think>",
+        "so",
+        "a",
+        "=",
+        "3",
+        ";",
+        "</think>",
+    ]
     assert first.text == REPLY and first.closed and first.answer_tokens == 4 and first.thinking_tokens == 7
     assert (first.gold, first.group, first.answer, first.correct, first.finish_reason) == (
         "3",
@@ -77,7 +86,7 @@ def test_rows_that_cannot_be_read(row, word, tokenizer):
 
 def test_a_run_folder_reads_back(run, tokenizer, tmp_path):
     folder = run.save(tmp_path / "deep" / "run")
-    assert sorted(os.listdir(folder)) == ["run.yaml", "traces.jsonl"] and os.listdir(tmp_path / "deep") == ["run"]
+    assert names(folder) == ["run.yaml", "traces.jsonl"] and names(tmp_path / "deep") == ["run"]
     back = Traces.load(folder, tokenizer)
     assert back == run and back.dropped == 0 and back.lines() == run.lines()
     assert (folder / "traces.jsonl").read_bytes() == run.lines()
@@ -108,7 +117,7 @@ def test_nothing_half_written_is_left(run, tmp_path, monkeypatch):
     for name in ("run", "t.jsonl"):
         with pytest.raises(OSError, match="No space left"):
             run.save(tmp_path / name)
-    assert os.listdir(tmp_path) == []
+    assert names(tmp_path) == []
 
 
 def test_a_cut_run_counts_what_it_dropped(run, tmp_path):
