@@ -28,11 +28,9 @@ from steer.sites import site as site_named
 def unit_vector(vector: Float[Tensor, "*heads width"]) -> Float[Tensor, "*heads width"]:
     """Return `vector` with norm 1 along its last axis, computed and returned in float64.
 
-    The largest magnitude is divided out first, so that neither tiny nor huge vectors overflow when squared.
-    The caller has excluded zero vectors.
+    In float64 no square of a float32 number overflows or vanishes. The caller has excluded zero vectors.
     """
     wide = vector.double()
-    wide = wide / wide.abs().amax(-1, keepdim=True)
     norm: Tensor = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
     return wide / norm
 

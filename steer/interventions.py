@@ -315,7 +315,7 @@ def _settle(intervention: Any, layers: tuple[int, ...], number: str) -> None:
             "a direction at z for the site z, and one of the hidden size for every other site",
             "Collect the direction at a site of that width",
         )
-    value = float(getattr(intervention, number))
+    value = float(getattr(intervention, number)) + 0.0  # Minus zero has another text, hence another fingerprint.
     if not math.isfinite(value):
         raise SteerError(f"the {number} is {value}", "a finite number")
     object.__setattr__(intervention, number, value)

@@ -9,12 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from hypothesis import strategies as st
 
 from steer.directions import Direction
 from steer.errors import SteerError
 from steer.identity import ModelIdentity
 
+settings.register_profile("no deadline", deadline=None)  # A busy machine is not a failure.
+settings.load_profile("no deadline")
 SEEDS = st.integers(0, 2**32 - 1)
 HIDDEN, HEADS, WIDTH = 12, 3, 5
 

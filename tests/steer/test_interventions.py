@@ -303,6 +303,13 @@ def test_custom_names_its_layers() -> None:
     assert Custom(lambda h, layer: h, "attn_out", (4, 0, 4)).active_layers == (0, 4)
 
 
+def test_numbers_have_one_form() -> None:
+    for kind in ("add", "project", "set"):
+        assert (
+            repr(made(kind, "attn_out", -0.0)) == repr(made(kind, "attn_out", 0)) == repr(made(kind, "attn_out", 0.0))
+        )
+
+
 def test_values_are_frozen() -> None:
     for kind in ("add", "project", "set"):
         with pytest.raises(AttributeError):
