@@ -125,7 +125,8 @@ def verify(
     Args:
         first: a model, a view of one (`m.with_(patch)`), the folder of a checkpoint, or one with patches (`OnDisk`).
         second: likewise; its rounding is the floor.
-        prompts: texts or chat messages; by default fixed sequences of token ids, with the model's marks in them.
+        prompts: texts or chat messages to compare on, beside fixed sequences of token ids with the model's marks in
+            them, which reach every phase.
         weights_only: compare tensors on disk and load nothing that is not loaded.
         tolerance: largest logit difference that passes; by default 3 x (floor + cast), and for models above
             `LARGEST_COPY` parameters, which run in their own dtype, `STATED` times the largest logit.
@@ -209,7 +210,7 @@ def _compare_logits(
             "two models of one vocabulary",
             "Compare each with its own base",
         )
-    chosen = fixed_prompts(first) if prompts is None else _rendered(first, prompts)
+    chosen = fixed_prompts(first) + _rendered(first, prompts or ())
     small = max(sum(p.numel() for p in model.hf.parameters()) for model in (first, second)) <= LARGEST_COPY
     precision = torch.float32 if small else None
     a, b = _logits(first, chosen, precision), _logits(second, chosen, precision)
@@ -254,10 +255,6 @@ def _rendered(model: SteerableModel, contents: Sequence[Content]) -> list[Prompt
         prompt = [int(token) for token in model.render(content).token_ids]
         reply = torch.randint(model.anatomy.vocab, (8,), generator=generator).tolist()
         found.append(Prompt((*prompt, *reply), len(prompt)))
-    if not found:
-        raise SteerError(
-            "there are no prompts to compare on", "at least one", "Leave prompts out for the built-in ones"
-        )
     return found
 
 

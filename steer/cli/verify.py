@@ -13,7 +13,10 @@ from edits.verify import verify
 from steer.cli.options import Json, Quiet, Seed, Subject
 from steer.cli.output import Output
 from steer.errors import SteerError
+from steer.model import SteerableModel
 from steer.patches import Patch
+from steer.promptfile import read_prompts
+from steer.prompts import Content
 from steer.sources import locate
 from steer.subjects import load_change, open_subject, parse
 
@@ -25,7 +28,8 @@ def command(
         bool, typer.Option("--weights", help="Compare tensors on disk only; no model is loaded.")
     ] = False,
     prompts: Annotated[
-        Path | None, typer.Option("--prompts", help="A text file, one prompt a line.", show_default=False)
+        Path | None,
+        typer.Option("--prompts", help="More prompts: one per line, or .jsonl as for generate.", show_default=False),
     ] = None,
     tolerance: Annotated[
         float | None,
@@ -38,11 +42,21 @@ def command(
     """Measure whether two subjects are the same model: bytes, then logits. Exits with 1 if they are not."""
     output = Output(json, quiet)
     sides: list[Side] = [_on_disk(first), _on_disk(second)] if weights else [open_subject(first), open_subject(second)]
-    lines = None if prompts is None else [line for line in prompts.read_text(encoding="utf-8").splitlines() if line]
-    found = verify(sides[0], sides[1], lines, weights_only=weights, tolerance=tolerance)
+    more = _questions(sides[0]) if prompts is None else [prompt.content for prompt in read_prompts(prompts)]
+    found = verify(sides[0], sides[1], more, weights_only=weights, tolerance=tolerance)
     output.text(str(found))
     output.result(found.to_dict())
     return 0 if found.passed else 1
+
+
+def _questions(side: Side) -> list[Content]:
+    """Return some of the organism's own questions; none for other models."""
+    card = side.card if isinstance(side, SteerableModel) else None
+    if card is None or "task" not in card:
+        return []
+    from experiments.tasks import named
+
+    return [item.content(chat=True) for item in named(str(card["task"])).items(8)]
 
 
 def _on_disk(text: str) -> OnDisk:

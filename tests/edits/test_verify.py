@@ -178,12 +178,12 @@ def test_large_models_run_in_their_own_dtype_with_a_stated_tolerance(
 def test_prompts_and_tolerance_can_be_given(pair: tuple[steer.SteerableModel, Path]) -> None:
     model, done = pair
     words = ["hello why", [{"role": "user", "content": "1 + 2"}]]
-    assert edits.verify(model.with_(patch()), done, words).positions < 60
+    fixed = edits.verify(model.with_(patch()), done).positions
+    assert fixed + 16 < edits.verify(model.with_(patch()), done, words).positions < fixed + 60
+    assert edits.verify(model.with_(patch()), done, []).positions == fixed
     assert not edits.verify(model.with_(patch().steering()), done, words, tolerance=0).passed
     loose = edits.verify(model.with_(patch()), done, tolerance=1e9)
     assert loose.passed and loose.tolerance == 1e9
-    with pytest.raises(SteerError, match="no prompts"):
-        edits.verify(model, done, [])
 
 
 def test_prompts_reach_every_phase_of_a_thinking_model(pair: tuple[steer.SteerableModel, Path]) -> None:

@@ -126,7 +126,20 @@ def test_verify_takes_prompts_and_tolerance(files: Path, base: Path, say: Say) -
     (files / "prompts.txt").write_text("hello why\n\nlet me think\n")
     status, text, _ = say("verify", base, base, "--prompts", files / "prompts.txt", "--tolerance", 0, "--json")
     told = answer(text)
-    assert status == 0 and told["tolerance"] == 0 and told["positions"] == 2 + 3 + 16
+    without = answer(say("verify", base, base, "--json")[1])["positions"]
+    assert status == 0 and told["tolerance"] == 0 and told["positions"] > without + 16
+
+
+def test_an_organism_is_asked_its_own_questions(say: Say, tmp_path: Path) -> None:
+    identity = steer.load("organism:chain").identity
+    hidden = steer.load("organism:chain").anatomy.hidden
+    Direction(torch.randn(2, hidden), (0, 1), "resid_mid", identity).save(tmp_path / "d.safetensors")
+    change = tmp_path / "p.safetensors"
+    words = ("patch", "thinkedit", "organism:chain", "--direction", tmp_path / "d.safetensors", "--head", "1:0")
+    assert say(*words, "--out", change)[0] == 0
+    assert say("apply", "organism:chain", change, "--out", tmp_path / "out")[0] == 0
+    status, text, _ = say("verify", f"organism:chain+{change}", tmp_path / "out", "--json")
+    assert status == 0 and answer(text)["positions"] > 200
 
 
 def test_a_steering_with_a_patch_form_can_be_applied(files: Path, base: Path, say: Say) -> None:
