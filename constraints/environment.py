@@ -84,7 +84,7 @@ def make(root: Path) -> None:
     elif venv.exists():
         shutil.rmtree(venv)
     run([sys.executable, "-m", "venv", str(venv)], root, "python -m venv (on Debian: apt-get install python3.11-venv)")
-    pip = [str(venv / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
+    pip = [str(venv / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "install", "-qq"]
     torch = next(line for line in (root / PINS).read_text().splitlines() if line.startswith("torch=="))
     # torch first and with what it depends on: its build for processors needs less than the others.
     run([*pip, "--constraint", str(PINS), torch], root, "pip install torch")
