@@ -14,7 +14,7 @@ from html import escape
 from experiments.intervals import Interval
 
 WIDTH = 360
-LEFT, RIGHT, TOP, BOTTOM = 46, 14, 14, 42
+LEFT, RIGHT, TOP, BOTTOM = 62, 12, 14, 42
 Form = Callable[[float], str]
 
 

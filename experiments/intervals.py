@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from statistics import NormalDist
 from typing import Any
 
@@ -82,10 +83,13 @@ def bootstrap(
     return Interval(value, float(low), float(high))
 
 
+@lru_cache(maxsize=4)
 def weights(questions: int, resamples: int, seed: int) -> Weights:
-    """How often each question is drawn, shape (resample, question)."""
+    """How often each question is drawn, shape (resample, question); read only, since it is kept."""
     rng = np.random.default_rng(seed)
-    return rng.multinomial(questions, np.full(questions, 1 / questions), size=resamples).astype(np.float64)
+    drawn = rng.multinomial(questions, np.full(questions, 1 / questions), size=resamples).astype(np.float64)
+    drawn.setflags(write=False)
+    return drawn
 
 
 def mean_of(values: Sequence[Sequence[float | None]]) -> Statistic:

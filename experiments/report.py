@@ -189,19 +189,25 @@ def examples(result: DemoResult) -> list[Example]:
     The sampling of a question uses the same random numbers in every form of the model, so that what differs is the
     change.
     """
-    before, after = result.baseline.traces, result.edit.run.traces
-    pairs = list(zip(before, after, strict=True))
+    pairs = list(zip(result.baseline.traces, result.edit.run.traces, strict=True))
+
+    def repaired(before: Trace, after: Trace) -> bool:
+        return _short(result, before) and not before.correct and bool(after.correct)
+
+    def same(before: Trace, after: Trace) -> bool:
+        return bool(before.correct and after.correct) and not _short(result, before)
+
+    def harmed(before: Trace, after: Trace) -> bool:
+        return bool(before.correct) and not after.correct
+
     kinds = (
-        (
-            "The edit turned a short thought into a full one",
-            lambda a, b: _short(result, a) and not a.correct and b.correct,
-        ),
-        ("The edit changed nothing that matters", lambda a, b: a.correct and b.correct and not _short(result, a)),
-        ("The edit did harm, or chance did", lambda a, b: a.correct and not b.correct),
+        ("The edit turned a short thought into a full one", repaired),
+        ("The edit changed nothing that matters", same),
+        ("The edit did harm, or chance did", harmed),
     )
     chosen = []
     for why, fits in kinds:
-        place = next((index for index, (a, b) in enumerate(pairs) if fits(a, b)), None)
+        place = next((index for index, pair in enumerate(pairs) if fits(*pair)), None)
         if place is not None:
             chosen.append(_example(result, why, place))
     return chosen

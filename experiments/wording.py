@@ -10,13 +10,12 @@ if TYPE_CHECKING:
     from experiments.demo_result import DemoResult
 
 UNKNOWN = "not known"
+SPACE = "\u00a0"  # Keeps a number and its unit on one line.
 
 
 def percent(value: float | None) -> str:
-    """A share as a whole per cent, below one per cent with a decimal."""
-    if value is None:
-        return UNKNOWN
-    return f"{100 * value:.1f} %" if 0 < abs(value) < 0.01 else f"{100 * value:.0f} %"
+    """A share in per cent, with a decimal where it is no whole number."""
+    return UNKNOWN if value is None else f"{100 * value:.1f}".removesuffix(".0") + f"{SPACE}%"
 
 
 def tokens(value: float | None) -> str:
@@ -31,7 +30,18 @@ def points(change: Interval) -> str:
     if change.value is None or change.low is None or change.high is None:
         return UNKNOWN
     low, value, high = (100 * each for each in (change.low, change.value, change.high))
-    return f"{value:+.0f} points, 95 % interval {low:+.0f} to {high:+.0f}".replace("-", "−")
+    return f"{value:+.0f}{SPACE}points, 95{SPACE}% interval {low:+.0f} to {high:+.0f}".replace("-", "−")
+
+
+def small(value: float | None) -> str:
+    """A very small number as m × 10ⁿ."""
+    if value is None:
+        return UNKNOWN
+    if value == 0:
+        return "nothing"
+    mantissa, exponent = f"{value:.1e}".split("e")
+    power = str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    return f"{mantissa}{SPACE}×{SPACE}10{power}"
 
 
 def clear(change: Interval) -> bool:
@@ -64,7 +74,7 @@ def steering(result: DemoResult) -> str:
     by = (
         ""
         if ratio.low is None
-        else f", a factor of {ratio.value:.1f} (95 % interval {ratio.low:.1f} to {ratio.high:.1f})"
+        else f", a factor of {ratio.value:.1f} (95{SPACE}% interval {ratio.low:.1f} to {ratio.high:.1f})"
     )
     beyond = result.curve.slope_beyond(result.controls, result.seed)
     verdict = "" if clear(beyond) else " The slope cannot be told from that of the random directions."
@@ -98,11 +108,9 @@ def verification(result: DemoResult) -> str:
     """Whether hook and checkpoint agree."""
     found = result.agreement
     same = {True: "every byte is as the patch wants it", False: "bytes differ", None: "bytes were not compared"}
-    floor = "unknown" if found.floor is None else f"{found.floor:.1e}"
-    gap = "not measured" if found.max_abs_logit_difference is None else f"{found.max_abs_logit_difference:.1e}"
     verdict = "The two forms agree" if found.passed else "The two forms DO NOT agree"
     return (
         f"{verdict}: the edit was written as a checkpoint of {found.tensors} tensors, of which {found.patched} changed, and"
-        f" {same[found.bytes_equal]}. Run as hooks on the unchanged model it gives the same logits but for {gap}; rounding"
-        f" alone moves them by {floor}."
+        f" {same[found.bytes_equal]}. Run as hooks on the unchanged model it gives the same logits but for {small(found.max_abs_logit_difference)};"
+        f" rounding alone moves them by {small(found.floor)}."
     )
