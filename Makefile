@@ -15,8 +15,7 @@ setup: ## make .venv, or repair it; nothing to do the second time
 	@$(PYTHON) constraints/environment.py
 
 demo: setup ## the whole loop on the bundled model; leaves demo/report.html
-	@rm -rf demo
-	@$(BIN)/steer demo --out demo
+	@$(BIN)/steer demo
 
 test: check browser ## every check and every test lane
 	@$(BIN)/python -m pytest -n 2 --dist worksteal
