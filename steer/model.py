@@ -191,7 +191,7 @@ class SteerableModel:
 
     # Views.
 
-    def with_(self, *changes: Change, coefficient: float = 1.0) -> SteerableModel:
+    def with_(self, *changes: object, coefficient: float = 1.0) -> SteerableModel:
         """Return a view of the same model under further changes; its weights are shared, nothing is changed yet.
 
         Args:
@@ -201,11 +201,13 @@ class SteerableModel:
         Raises:
             SteerError: something else was given.
         """
+        added: list[tuple[Change, float]] = []
         for change in changes:
             if not isinstance(change, Steering | Patch):
                 raise SteerError(f"with_ was given a {type(change).__name__}", "a Steering or a Patch", "Wrap interventions: Steering((intervention,))")
+            added.append((change, coefficient))
         view = SteerableModel(self.hf, self.tokenizer, self.taps, self.identity, self.marks, self.path, self.card)
-        view.changes = (*self.changes, *((change, coefficient) for change in changes))
+        view.changes = (*self.changes, *added)
         return view
 
     @contextmanager

@@ -100,7 +100,7 @@ def test_factors_are_made_again_only_when_the_weight_changes():
 
 def test_shared_heads_of_two_phases_are_refused():
     projection = nn.Linear(8, WIDTH)
-    with pytest.raises(SteerError, match="(?i)head 3 of layer 2.*'all'.*'thinking'"):
+    with pytest.raises(SteerError, match=r"(?i)head 3 of layer 2.*'all'.*'thinking'"):
         HeadProgram(2, [heads_write((0, 3)), heads_write((3,), "thinking")], projection, 2)
     HeadProgram(2, [heads_write((0, 3)), heads_write((1,), "thinking")], projection, 2)
 
