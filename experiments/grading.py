@@ -18,6 +18,7 @@ _NUMBER = re.compile(r"(?:(?<![\w)\]}.])[-−])?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)
 _FORMULA = re.compile(r"\$\$(.+?)\$\$|\$([^$\n]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _TEXT = re.compile(r"\\(?:text|textbf|mathrm|mbox)\s*\{([^{}]*)\}")
+_WORD = re.compile(r"[^\W\d_]{2,}")
 Place = tuple[int, int]
 
 
@@ -81,9 +82,15 @@ def equal(gold: str, answer: str) -> bool:
     """
     library = math_verify()
     right = library.parse(f"\\boxed{{{gold}}}")
-    words = _TEXT.sub(r" \1 ", answer)
-    forms = dict.fromkeys((answer, words))
+    forms = dict.fromkeys((answer, without_words(answer)))
     return any(library.verify(right, library.parse(f"\\boxed{{{form}}}")) for form in forms)
+
+
+def without_words(answer: str) -> str:
+    r"""An answer without words: those of `\text{…}`, and without LaTeX all of two letters or more (units)."""
+    if "\\" not in answer:
+        return _WORD.sub(" ", answer).strip()
+    return _TEXT.sub(lambda found: _WORD.sub(" ", found[1]), answer).strip()
 
 
 def math_verify() -> ModuleType:
@@ -98,5 +105,5 @@ def math_verify() -> ModuleType:
         raise SteerError(
             "answers in mathematics are compared with math-verify, which is not installed",
             "the extra `eval`",
-            "pip install 'reasoning-steer[eval]', or pip install math-verify",
+            "Install it: pip install 'reasoning-steer[eval]', or pip install math-verify",
         ) from error
