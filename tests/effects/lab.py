@@ -34,10 +34,9 @@ CHANCE = 0.1
 
 
 def asked(card: dict[str, Any], verb: str, span: str) -> dict[str, Any]:
-    """Return what the card says of `steering` or `thinkedit` with a span: its main entry, or the one of that span."""
-    told = card[verb]
-    entries = told if isinstance(told, list) else [told, *told.get("also", [])]
-    return next((entry for entry in entries if entry["span"] == span), {**entries[0], "span": span})
+    """Return what the card says of `steering` or `thinkedit` with a span."""
+    told: dict[str, Any] = next(entry for entry in (card[verb], card[f"{verb}_matched"]) if entry["span"] == span)
+    return told
 
 
 @dataclass(frozen=True)
@@ -61,13 +60,17 @@ class Lab:
         assert self.model.card is not None
         return self.model.card
 
-    def ask(self, name: str, model: SteerableModel, task: str = "chain", questions: int = QUESTIONS, samples: int = SAMPLES) -> Run:
+    def ask(
+        self, name: str, model: SteerableModel, task: str = "chain", questions: int = QUESTIONS, samples: int = SAMPLES
+    ) -> Run:
         """Evaluate once under a name; asked again, read what lies there."""
         out = self.folder / name
         if out.exists():
             return Run.load(out)
         sampling = Sampling(temperature=self.card["temperature"], max_new_tokens=self.card["max_new_tokens"])
-        return evaluate(model, task, out=out, limit=questions, samples=samples, sampling=sampling, seed=0, batch_size=256)
+        return evaluate(
+            model, task, out=out, limit=questions, samples=samples, sampling=sampling, seed=0, batch_size=256
+        )
 
     @cached_property
     def summary(self) -> probes.Summary:

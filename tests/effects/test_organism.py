@@ -25,7 +25,9 @@ def test_short_thoughts_are_less_accurate_on_equally_hard_questions(lab: Lab) ->
     replies = lab.plain
     for group in sorted({trace.group or "" for trace in replies.traces}):
         members = [trace for trace in replies.traces if trace.group == group]
-        right = {short: [bool(trace.correct) for trace in members if replies.short(trace) == short] for short in (0.0, 1.0)}
+        right = {
+            short: [bool(trace.correct) for trace in members if replies.short(trace) == short] for short in (0.0, 1.0)
+        }
         assert len(right[1.0]) >= 10
         assert np.mean(right[0.0]) - np.mean(right[1.0]) > 0.2
 

@@ -32,7 +32,10 @@ def test_the_slope_lies_above_that_of_a_random_direction_of_equal_norm(lab: Lab,
 @pytest.mark.parametrize("span", SPANS)
 def test_long_thoughts_are_half_as_long_again_as_short_ones(lab: Lab, span: str) -> None:
     grid = lab.coefficients(span)
-    short, long = (lab.steered(span, coefficient).mean(lambda trace: float(trace.thought_length)) for coefficient in (grid[0], grid[-1]))
+    short, long = (
+        lab.steered(span, coefficient).mean(lambda trace: float(trace.thought_length))
+        for coefficient in (grid[0], grid[-1])
+    )
     assert short.value is not None
     assert long.value is not None
     assert long.value / short.value >= 1.5, f"{short} to {long} tokens"

@@ -30,7 +30,15 @@ def model(family: str = "qwen3", **options: Any) -> SteerableModel:
     return steer.wrap(*tiny.build(family, **options), name=f"tiny {family}")
 
 
-def trace(item: str, sample: int, thought: Sequence[int], *, closed: bool = True, prompt: Sequence[int] = (8, 9, 11), **told: Any) -> Trace:
+def trace(
+    item: str,
+    sample: int,
+    thought: Sequence[int],
+    *,
+    closed: bool = True,
+    prompt: Sequence[int] = (8, 9, 11),
+    **told: Any,
+) -> Trace:
     """Return a trace whose thought holds `thought` between its marks, then an answer and the end token."""
     tokenizer = tiny.tokenizer()
     completion = [THINK, *thought, *([CLOSE, 30, 31, END] if closed else [])]
@@ -46,8 +54,16 @@ def traces(count: int = 12, seed: int = 0, samples: int = 2, longest: int = 30) 
         words[0] = SEMICOLON
         prompt = random.integers(FIRST_WORD, len(tiny.WORDS), size=int(random.integers(1, 6))).tolist()
         item = f"q{index // samples:03d}"
-        made.append(trace(item, index % samples, words, closed=index % 7 != 3, prompt=prompt, group=str(index // samples % 3)))
-    return Traces(made, {"tokenizer_id": steer.identity.tokenizer_id(tiny.tokenizer()), "marks": Marks.from_tokenizer(tiny.tokenizer()).to_dict()})
+        made.append(
+            trace(item, index % samples, words, closed=index % 7 != 3, prompt=prompt, group=str(index // samples % 3))
+        )
+    return Traces(
+        made,
+        {
+            "tokenizer_id": steer.identity.tokenizer_id(tiny.tokenizer()),
+            "marks": Marks.from_tokenizer(tiny.tokenizer()).to_dict(),
+        },
+    )
 
 
 def identity(name: str = "made") -> ModelIdentity:
@@ -57,13 +73,28 @@ def identity(name: str = "made") -> ModelIdentity:
 
 def row(index: int, length: int | None, **told: Any) -> Row:
     """Return a row of a made summary: trace `index` with a thought of `length` tokens."""
-    standard = {"item": f"q{index:03d}", "sample": 0, "closed": True, "length": length, "thinking_tokens": length, "positions": {"thinking": 3}}
+    standard = {
+        "item": f"q{index:03d}",
+        "sample": 0,
+        "closed": True,
+        "length": length,
+        "thinking_tokens": length,
+        "positions": {"thinking": 3},
+    }
     return Row(id=f"q{index:03d}/0", **{**standard, **told})
 
 
-def summary(rows: Sequence[Row], values: dict[str, torch.Tensor], span: str = "thinking", shard: int = 5, model: ModelIdentity | None = None) -> Summary:
+def summary(
+    rows: Sequence[Row],
+    values: dict[str, torch.Tensor],
+    span: str = "thinking",
+    shard: int = 5,
+    model: ModelIdentity | None = None,
+) -> Summary:
     """Return a summary in memory that holds `values` (row, layer, ...) for `rows`, cut into small shards."""
-    quantities = {name: Kept(tuple(value.shape[1:]), tuple(range(value.shape[1])), span) for name, value in values.items()}
+    quantities = {
+        name: Kept(tuple(value.shape[1:]), tuple(range(value.shape[1])), span) for name, value in values.items()
+    }
     meta = {
         "format_version": artifacts.FORMAT_VERSION,
         "model": (model or identity()).to_dict(),
@@ -73,5 +104,10 @@ def summary(rows: Sequence[Row], values: dict[str, torch.Tensor], span: str = "t
         "quantities": {name: describe(kept) for name, kept in quantities.items()},
     }
     starts = range(0, len(rows), shard)
-    shards = [MemoryShard(tuple(rows[start : start + shard]), {name: value[start : start + shard] for name, value in values.items()}) for start in starts]
+    shards = [
+        MemoryShard(
+            tuple(rows[start : start + shard]), {name: value[start : start + shard] for name, value in values.items()}
+        )
+        for start in starts
+    ]
     return Summary(meta, shards)

@@ -18,7 +18,9 @@ NORM_AFTER = ("gemma2", "gemma3_text", "olmo2")
 
 def activations(model: PreTrainedModel, family: str, tokens: list[int]) -> dict[str, Array]:
     """Return site -> (layer, token, width) for one sequence, batch 1, no padding."""
-    store: dict[str, list[Array]] = {name: [] for name in ("resid_pre", "resid_post", "resid_mid", "z", "attn_raw", "mlp_raw", "attn_out")}
+    store: dict[str, list[Array]] = {
+        name: [] for name in ("resid_pre", "resid_post", "resid_mid", "z", "attn_raw", "mlp_raw", "attn_out")
+    }
     handles = []
 
     def keep(name: str, value: Any) -> None:
@@ -26,7 +28,11 @@ def activations(model: PreTrainedModel, family: str, tokens: list[int]) -> dict[
         store[name].append(value[0].detach().double().numpy().copy())
 
     for layer in model.model.layers:
-        handles.append(layer.register_forward_pre_hook(lambda _, args, kwargs: keep("resid_pre", args or kwargs["hidden_states"]), with_kwargs=True))
+        handles.append(
+            layer.register_forward_pre_hook(
+                lambda _, args, kwargs: keep("resid_pre", args or kwargs["hidden_states"]), with_kwargs=True
+            )
+        )
         handles.append(layer.register_forward_hook(lambda _, args, out: keep("resid_post", out)))
         projection = layer.self_attn.o_proj
         handles.append(projection.register_forward_pre_hook(lambda _, args: keep("z", args)))

@@ -25,7 +25,11 @@ from tests.probes import made
 
 def content(folder: Path) -> dict[str, bytes]:
     """Return every file of a summary by name; the journal's notes hold seconds and are left out."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.endswith(".notes.json")}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not path.name.endswith(".notes.json")
+    }
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +74,9 @@ def stop_after(shards: int):  # type: ignore[no-untyped-def]
 
 
 @pytest.mark.parametrize("done", [0, 1, 2])
-def test_an_interrupted_run_resumes_to_the_same_bytes(model: SteerableModel, many: Traces, tmp_path: Path, done: int) -> None:
+def test_an_interrupted_run_resumes_to_the_same_bytes(
+    model: SteerableModel, many: Traces, tmp_path: Path, done: int
+) -> None:
     collect(model, many, tmp_path / "whole")
     with pytest.raises(StopError):
         collect(model, many, tmp_path / "part", progress=stop_after(done))
@@ -93,8 +99,12 @@ def test_a_finished_summary_is_taken_as_it_is(model: SteerableModel, many: Trace
     assert told == []
 
 
-@pytest.mark.parametrize("change", [{"sites": ("resid_post",)}, {"layers": [0]}, {"batch_tokens": 100}, {"dtype": "float64"}])
-def test_resume_with_other_options_is_refused(model: SteerableModel, many: Traces, tmp_path: Path, change: dict[str, object]) -> None:
+@pytest.mark.parametrize(
+    "change", [{"sites": ("resid_post",)}, {"layers": [0]}, {"batch_tokens": 100}, {"dtype": "float64"}]
+)
+def test_resume_with_other_options_is_refused(
+    model: SteerableModel, many: Traces, tmp_path: Path, change: dict[str, object]
+) -> None:
     with pytest.raises(StopError):
         collect(model, many, tmp_path / "s", progress=stop_after(1))
     with pytest.raises(SteerError, match="other options"):
@@ -108,7 +118,9 @@ def test_resume_with_other_traces_is_refused(model: SteerableModel, many: Traces
         collect(model, many[:-1], tmp_path / "s", resume=True)
 
 
-def test_an_existing_folder_is_refused_before_anything_runs(model: SteerableModel, many: Traces, tmp_path: Path) -> None:
+def test_an_existing_folder_is_refused_before_anything_runs(
+    model: SteerableModel, many: Traces, tmp_path: Path
+) -> None:
     with pytest.raises(SteerError, match="exists already"):
         collect(model, many, tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -128,7 +140,9 @@ def test_groups_are_means_of_their_traces(model: SteerableModel, many: Traces, t
         for place, row in enumerate(groups.rows):
             members = [index for index, one in enumerate(each.rows) if one.group == row.id and present[index]]
             assert row.positions[kept.span] == len(members)
-            np.testing.assert_allclose(groups.values(name)[place].numpy(), values[members].mean(0), rtol=1e-12, atol=1e-12)
+            np.testing.assert_allclose(
+                groups.values(name)[place].numpy(), values[members].mean(0), rtol=1e-12, atol=1e-12
+            )
 
 
 def test_groups_can_be_given_and_others_are_counted(model: SteerableModel, many: Traces) -> None:
@@ -178,7 +192,9 @@ def test_batches_keep_the_budget_and_lose_no_trace(model: SteerableModel, many: 
 
 def test_what_is_left_out_is_counted(model: SteerableModel) -> None:
     run = made.traces(6)
-    silent = [replace(run[0], id=f"silent{n}/0", thinking_span=None, closed=None, thinking_tokens=None) for n in range(2)]
+    silent = [
+        replace(run[0], id=f"silent{n}/0", thinking_span=None, closed=None, thinking_tokens=None) for n in range(2)
+    ]
     long = made.trace("long", 0, [20] * 300)
     summary = collect(model, [*run, *silent, long])
     assert summary.meta["traces"]["dropped"] == {TOO_LONG: 1, NO_SPAN: 2}
@@ -198,7 +214,16 @@ def test_max_tokens_leaves_longer_traces_out(model: SteerableModel) -> None:
 
 def test_traces_without_tokens_are_left_out(model: SteerableModel) -> None:
     run = made.traces(2)
-    empty = replace(run[0], id="none/0", prompt_token_ids=(), completion_token_ids=(), thinking_span=None, closed=None, thinking_tokens=None, answer_tokens=None)
+    empty = replace(
+        run[0],
+        id="none/0",
+        prompt_token_ids=(),
+        completion_token_ids=(),
+        thinking_span=None,
+        closed=None,
+        thinking_tokens=None,
+        answer_tokens=None,
+    )
     assert collect(model, [*run, empty]).meta["traces"]["dropped"] == {EMPTY: 1}
 
 
@@ -242,7 +267,9 @@ def test_activations_that_are_not_finite_name_layer_and_trace() -> None:
     run = made.traces(4)
     with torch.no_grad():
         broken.places.layers[2].attention_output.weight[0, 0] = math.nan
-    with pytest.raises(SteerError, match=r"trace 'q\d+/\d' the mean resid_mid/predicts_thinking is NaN or infinite in layer 2"):
+    with pytest.raises(
+        SteerError, match=r"trace 'q\d+/\d' the mean resid_mid/predicts_thinking is NaN or infinite in layer 2"
+    ):
         collect(broken, run, sites=("resid_mid",))
 
 
@@ -273,7 +300,10 @@ class _CountPass:
         raise AssertionError("it reads no site")
 
     def rows(self, final: Sequence[Tensor]) -> dict[str, Tensor]:
-        counts = [torch.bincount(torch.tensor(trace.tokens)[list(places)], minlength=self.vocabulary) for trace, places in zip(self.batch.traces, self.batch.positions[self.span], strict=True)]
+        counts = [
+            torch.bincount(torch.tensor(trace.tokens)[list(places)], minlength=self.vocabulary)
+            for trace, places in zip(self.batch.traces, self.batch.positions[self.span], strict=True)
+        ]
         return {"tokens": torch.stack(counts).int()}
 
 
@@ -305,7 +335,9 @@ class _SurprisePass(_CountPass):
 
 def test_sums_without_layers_and_uses_of_the_final_state_fit(model: SteerableModel) -> None:
     run = made.traces(5)
-    summary = collect(model, run, recorders=[TokenCounts(), Surprise(), probes.SpanMeans(("resid_mid",), ("thinking",))])
+    summary = collect(
+        model, run, recorders=[TokenCounts(), Surprise(), probes.SpanMeans(("resid_mid",), ("thinking",))]
+    )
     by_id = {trace.id: trace for trace in run}
     for row, counts, surprise in zip(summary.rows, summary.values("tokens"), summary.values("surprise"), strict=True):
         trace = by_id[row.id]
@@ -313,7 +345,10 @@ def test_sums_without_layers_and_uses_of_the_final_state_fit(model: SteerableMod
         start, end = trace.thinking_span
         assert counts.tolist() == np.bincount(trace.tokens[start:end], minlength=len(counts)).tolist()
         with torch.no_grad():
-            loss = model.hf(input_ids=torch.tensor([trace.tokens]), labels=torch.tensor([[-100] * trace.prompt_length + list(trace.completion_token_ids)])).loss
+            loss = model.hf(
+                input_ids=torch.tensor([trace.tokens]),
+                labels=torch.tensor([[-100] * trace.prompt_length + list(trace.completion_token_ids)]),
+            ).loss
         assert float(surprise) == pytest.approx(float(loss), abs=1e-5)
     groups = collect(model, run, recorders=[TokenCounts()], keep="group")
     total = sum(counts for row, counts in zip(summary.rows, summary.values("tokens"), strict=True) if row.group == "1")
@@ -344,7 +379,9 @@ def test_recorders_see_the_layers_they_asked_for_and_no_others(model: SteerableM
 
             return Prepared({self.site: (self.layer,)}, (), {self.name: Kept(())}, lambda batch: Watching())
 
-    collect(model, made.traces(1), recorders=[Watch("a", "resid_mid", 1), Watch("b", "resid_mid", 3), Watch("c", "z", 1)])
+    collect(
+        model, made.traces(1), recorders=[Watch("a", "resid_mid", 1), Watch("b", "resid_mid", 3), Watch("c", "z", 1)]
+    )
     assert sorted(set(seen)) == [("a", "resid_mid", 1), ("b", "resid_mid", 3), ("c", "z", 1)]
 
 

@@ -19,13 +19,18 @@ from tests.probes import made, naive
 NAME = "resid_mid/thinking"
 
 
-def planted(count: int = 60, strength: float = 3.0, seed: int = 0, samples: int = 2, layers: int = 2, width: int = 6) -> probes.Summary:
+def planted(
+    count: int = 60, strength: float = 3.0, seed: int = 0, samples: int = 2, layers: int = 2, width: int = 6
+) -> probes.Summary:
     """Return a summary in which layer 1 knows the length of the thought along its first axis, and layer 0 nothing."""
     random = np.random.default_rng(seed)
     lengths = random.integers(5, 100, size=count)
     values = random.standard_normal((count, layers, width))
     values[:, 1, 0] += strength * (lengths - lengths.mean()) / lengths.std()
-    rows = [made.row(n, int(length), item=f"q{n // samples}", group=str(n // samples % 3)) for n, length in enumerate(lengths)]
+    rows = [
+        made.row(n, int(length), item=f"q{n // samples}", group=str(n // samples % 3))
+        for n, length in enumerate(lengths)
+    ]
     return made.summary(rows, {NAME: torch.from_numpy(values)})
 
 
@@ -55,7 +60,9 @@ def test_from_a_model_it_equals_the_naive_recipe_of_the_paper() -> None:
         start, end = trace.prompt_length, len(tokens) if not trace.closed else tokens.index(made.CLOSE) + 1
         kind = "short" if end - start < 12 else "long" if end - start > 18 else ""
         if trace.closed and kind:
-            kinds[kind].append(naive.activations(model.hf, "qwen3", tokens)["resid_mid"][:, start - 1 : end - 1].mean(1))
+            kinds[kind].append(
+                naive.activations(model.hf, "qwen3", tokens)["resid_mid"][:, start - 1 : end - 1].mean(1)
+            )
     expected = np.mean(kinds["long"], 0) - np.mean(kinds["short"], 0)
     np.testing.assert_allclose(found.vectors.numpy(), expected, atol=1e-5 * np.abs(expected).max())
     assert found.model == model.identity
@@ -67,7 +74,9 @@ def test_by_group_is_the_length_effect_of_a_regression_with_group_dummies() -> N
     found = direction(summary, by_group=True, percentiles=None, below=30, above=60)
     chosen = [(row, n) for n, row in enumerate(summary.rows) if row.length is not None and not 30 <= row.length <= 60]
     values = summary.values(NAME).numpy()[[n for _, n in chosen]]
-    design = np.array([[row.length > 60, *(row.group == label for label in "012")] for row, _ in chosen], dtype=np.float64)
+    design = np.array(
+        [[row.length > 60, *(row.group == label for label in "012")] for row, _ in chosen], dtype=np.float64
+    )
     solved = np.linalg.lstsq(design, values.reshape(len(chosen), -1), rcond=None)[0][0]
     np.testing.assert_allclose(found.vectors.numpy().ravel(), solved, rtol=1e-5)
 
@@ -78,7 +87,9 @@ def test_by_group_does_not_mistake_size_for_effort() -> None:
     lengths = [*range(10, 40), *range(110, 140)]
     values = torch.from_numpy(random.standard_normal((60, 1, 8)) * 0.1)
     values[30:, 0, 0] += 5.0
-    summary = made.summary([made.row(n, length, group="a" if n < 30 else "b") for n, length in enumerate(lengths)], {NAME: values})
+    summary = made.summary(
+        [made.row(n, length, group="a" if n < 30 else "b") for n, length in enumerate(lengths)], {NAME: values}
+    )
     assert direction(summary).norms[0] == pytest.approx(5.0, abs=0.3)
     assert direction(summary, by_group=True).norms[0] < 0.5
 
@@ -89,7 +100,9 @@ def test_swapping_the_sets_negates_it() -> None:
     forth = statistics.contrast(choice.strata, len(summary))
     back = statistics.contrast([Stratum(None, choice.long, choice.short)], len(summary))
     assert np.array_equal(forth, -back)
-    assert torch.equal(summary.combine(NAME, statistics.as_tensor(forth)), -summary.combine(NAME, statistics.as_tensor(back)))
+    assert torch.equal(
+        summary.combine(NAME, statistics.as_tensor(forth)), -summary.combine(NAME, statistics.as_tensor(back))
+    )
 
 
 def test_identical_sets_give_zero() -> None:
@@ -120,7 +133,11 @@ def test_groups_called_short_and_long_are_enough() -> None:
     run, model = made.traces(12), made.model()
     each = probes.collect(model, run, sites=("resid_mid",))
     expected = probes.length_direction(each, below=12, above=18)
-    labels = {row.id: "short" if row.length < 12 else "long" for row in each.rows if row.closed and row.length is not None and not 12 <= row.length <= 18}
+    labels = {
+        row.id: "short" if row.length < 12 else "long"
+        for row in each.rows
+        if row.closed and row.length is not None and not 12 <= row.length <= 18
+    }
     grouped = probes.collect(model, run, sites=("resid_mid",), keep="group", groups=labels)
     found = probes.length_direction(grouped)
     torch.testing.assert_close(found.vectors, expected.vectors, rtol=1e-5, atol=1e-6)
@@ -174,7 +191,9 @@ def test_shuffles_keep_the_counts_within_groups() -> None:
             mine = [*stratum.short, *stratum.long]
             assert sorted(weights[mine].round(12)) == sorted(real[mine].round(12))
         assert not np.array_equal(weights, real)
-    assert np.array_equal(statistics.shuffled(choice, len(summary), 3, 0), statistics.shuffled(choice, len(summary), 9, 0)[:3])
+    assert np.array_equal(
+        statistics.shuffled(choice, len(summary), 3, 0), statistics.shuffled(choice, len(summary), 9, 0)[:3]
+    )
 
 
 def test_the_rule_stays_with_the_direction_through_a_file(tmp_path: Path) -> None:

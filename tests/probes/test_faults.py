@@ -33,7 +33,13 @@ CODE = """
 def run(folder: Path, shards: int, fault: str) -> subprocess.CompletedProcess[str]:
     """Collect in another process, where `fault` happens after some shards."""
     code = textwrap.dedent(CODE).format(fault=fault)
-    return subprocess.run([sys.executable, "-c", code, str(folder), str(shards)], cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [sys.executable, "-c", code, str(folder), str(shards)],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 def test_a_killed_run_resumes_to_the_same_bytes(tmp_path: Path) -> None:
@@ -48,7 +54,11 @@ def test_a_killed_run_resumes_to_the_same_bytes(tmp_path: Path) -> None:
 
 def test_a_full_disk_keeps_finished_shards_and_no_half_one(tmp_path: Path) -> None:
     """A limit on the size of files stands for the disk: writing past it fails the same way."""
-    full = run(tmp_path / "full", 1, "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))")
+    full = run(
+        tmp_path / "full",
+        1,
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))",
+    )
     assert full.returncode == 1
     assert "OSError" in full.stderr or "SafetensorError" in full.stderr
     assert [path.name for path in (tmp_path / "full").glob("shard-*")] == ["shard-00000.safetensors"]

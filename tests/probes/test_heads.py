@@ -40,11 +40,20 @@ def materialised(family: str, group: str, unit: np.ndarray) -> np.ndarray:
         tokens = list(trace.tokens)
         kept = naive.activations(hf, family, tokens)
         start = trace.prompt_length
-        found.append(np.stack([per_layer(hf, family, config, kept, layer, slice(start - 1, start + length - 1), unit) for layer in range(len(unit))]))
+        found.append(
+            np.stack(
+                [
+                    per_layer(hf, family, config, kept, layer, slice(start - 1, start + length - 1), unit)
+                    for layer in range(len(unit))
+                ]
+            )
+        )
     return np.mean(found, 0)
 
 
-def per_layer(hf: object, family: str, config: object, kept: dict[str, np.ndarray], layer: int, span: slice, unit: np.ndarray) -> np.ndarray:
+def per_layer(
+    hf: object, family: str, config: object, kept: dict[str, np.ndarray], layer: int, span: slice, unit: np.ndarray
+) -> np.ndarray:
     """Return -<write, unit> of every head, averaged over positions; the write is what reaches the residual stream."""
     attention = hf.model.layers[layer].self_attn  # type: ignore[attr-defined]
     weight = attention.o_proj.weight.detach().double().numpy()
@@ -78,7 +87,9 @@ def test_the_cheap_form_equals_the_materialised_one(family: str) -> None:
 def test_the_group_says_whose_writes_are_scored(group: str) -> None:
     summary, direction, model = read("qwen3")
     scores = head_scores(summary, direction, model, group=group, permutations=0, splits=0)  # type: ignore[arg-type]
-    np.testing.assert_allclose(scores.values.numpy(), materialised("qwen3", group, direction.unit().vectors.double().numpy()), atol=1e-5)
+    np.testing.assert_allclose(
+        scores.values.numpy(), materialised("qwen3", group, direction.unit().vectors.double().numpy()), atol=1e-5
+    )
 
 
 def test_key_value_sharing_and_an_odd_head_width_do_not_matter() -> None:
@@ -111,7 +122,9 @@ def test_a_bias_belongs_to_no_head() -> None:
     for layer in range(4):
         bias = model.places.layers[layer].attention_output.bias.detach().double()
         raw = summary.values("attn_raw/predicts_thinking", (layer,))[short].mean(0)[0] - bias
-        assert float(scores.values[layer].sum()) == pytest.approx(float(-raw @ direction.unit()[layer].double()), abs=1e-5)
+        assert float(scores.values[layer].sum()) == pytest.approx(
+            float(-raw @ direction.unit()[layer].double()), abs=1e-5
+        )
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "olmo2"])
@@ -245,7 +258,9 @@ def test_bad_input_is_refused_with_a_remedy() -> None:
     with pytest.raises(SteerError, match="zero in layer 1"):
         vectors = direction.vectors.clone()
         vectors[1] = 0
-        head_scores(summary, Direction(vectors, direction.layers, "resid_mid", direction.model, direction.provenance), model)  # type: ignore[arg-type]
+        head_scores(
+            summary, Direction(vectors, direction.layers, "resid_mid", direction.model, direction.provenance), model
+        )  # type: ignore[arg-type]
     with pytest.raises(SteerError, match="does not say which traces"):
         head_scores(summary, Direction(direction.vectors, direction.layers, "resid_mid"), model)  # type: ignore[arg-type]
     without = probes.collect(model, made.traces(12), sites=("resid_mid",))  # type: ignore[arg-type]
@@ -262,3 +277,20 @@ def test_a_direction_of_unknown_origin_is_scored_over_all_traces() -> None:
     weight = model.parameter("attention_output", 0).detach().double().reshape(48, 4, -1)  # type: ignore[attr-defined]
     expected = -torch.einsum("ohk,hk,o->h", weight, z[0], direction.unit()[0].double())
     torch.testing.assert_close(scores.values[0].double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_offloaded_projections_are_brought_in(tmp_path: Path) -> None:
+    """A model whose weights lie on disk scores like one in memory, and stays offloaded."""
+    from accelerate import disk_offload
+
+    import steer
+
+    summary, direction, model = read("gemma2")
+    expected = head_scores(summary, direction, model, permutations=0, splits=0)  # type: ignore[arg-type]
+    hf, tokenizer = tiny.build("gemma2")
+    disk_offload(hf, tmp_path, execution_device=torch.device("cpu"))
+    offloaded = steer.wrap(hf, tokenizer)
+    assert offloaded.parameter("attention_output", 0).device.type == "meta"
+    again = head_scores(probes.collect(offloaded, made.traces(12)), direction, offloaded, permutations=0, splits=0)
+    torch.testing.assert_close(again.values, expected.values, rtol=1e-5, atol=1e-6)
+    assert offloaded.parameter("attention_output", 0).device.type == "meta"

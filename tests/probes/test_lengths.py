@@ -13,7 +13,9 @@ from tests.probes import made
 
 
 def rows(*lengths: int, groups: str = "", **told: object) -> list[Row]:
-    return [made.row(index, length, group=groups[index] if groups else None, **told) for index, length in enumerate(lengths)]
+    return [
+        made.row(index, length, group=groups[index] if groups else None, **told) for index, length in enumerate(lengths)
+    ]
 
 
 def chosen(given: list[Row], rule: LengthRule) -> Choice:
@@ -23,7 +25,15 @@ def chosen(given: list[Row], rule: LengthRule) -> Choice:
 def test_thresholds_are_strict() -> None:
     choice = chosen(rows(99, 100, 101, 999, 1000, 1001), LengthRule())
     assert (choice.short, choice.long) == ((0,), (5,))
-    assert choice.counts == {"short": 1, "long": 1, "between": 4, "unclosed": 0, "without_span": 0, "without_group": 0, "one_kind_groups": 0}
+    assert choice.counts == {
+        "short": 1,
+        "long": 1,
+        "between": 4,
+        "unclosed": 0,
+        "without_span": 0,
+        "without_group": 0,
+        "one_kind_groups": 0,
+    }
     assert choice.edges == {"all": (100.0, 1000.0)}
 
 
@@ -75,9 +85,14 @@ def test_percentiles_never_overlap_and_never_split_a_length(lengths: list[int], 
 def test_groups_are_cut_each_by_its_own_percentiles() -> None:
     lengths = [*range(10, 20), *range(110, 120)]
     choice = chosen(rows(*lengths, groups="a" * 10 + "b" * 10), LengthRule(percentiles=(20, 80), by_group=True))
-    assert [(stratum.label, stratum.short, stratum.long) for stratum in choice.strata] == [("a", (0, 1), (8, 9)), ("b", (10, 11), (18, 19))]
+    assert [(stratum.label, stratum.short, stratum.long) for stratum in choice.strata] == [
+        ("a", (0, 1), (8, 9)),
+        ("b", (10, 11), (18, 19)),
+    ]
     assert choice.edges == {"a": (11, 18), "b": (111, 118)}
-    assert chosen(rows(*lengths), LengthRule(percentiles=(20, 80))).long == (16, 17, 18, 19), "ungrouped, size passes for effort"
+    assert chosen(rows(*lengths), LengthRule(percentiles=(20, 80))).long == (16, 17, 18, 19), (
+        "ungrouped, size passes for effort"
+    )
 
 
 def test_groups_of_one_kind_and_rows_without_group_are_counted() -> None:
@@ -89,7 +104,11 @@ def test_groups_of_one_kind_and_rows_without_group_are_counted() -> None:
 
 @pytest.mark.parametrize(
     ("lengths", "found"),
-    [((200, 300, 40), "1 are short and 0 long"), ((2000, 3000), "0 are short and 2 long"), ((200, 300), "0 are short and 0 long")],
+    [
+        ((200, 300, 40), "1 are short and 0 long"),
+        ((2000, 3000), "0 are short and 2 long"),
+        ((200, 300), "0 are short and 0 long"),
+    ],
 )
 def test_the_error_counts_both_and_suggests_percentiles_with_their_values(lengths: tuple[int, ...], found: str) -> None:
     with pytest.raises(SteerError, match=found) as error:
@@ -111,14 +130,27 @@ def test_the_error_names_what_was_left_out() -> None:
     assert "--include-unclosed" in error.value.remedy
 
 
-@pytest.mark.parametrize("options", [{"percentiles": (80, 20)}, {"percentiles": (-1, 50)}, {"percentiles": (20, 20)}, {"below": 0}, {"below": 500, "above": 100}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"percentiles": (80, 20)},
+        {"percentiles": (-1, 50)},
+        {"percentiles": (20, 20)},
+        {"below": 0},
+        {"below": 500, "above": 100},
+    ],
+)
 def test_impossible_rules_are_refused(options: dict[str, object]) -> None:
     with pytest.raises(SteerError):
         LengthRule(**options)  # type: ignore[arg-type]
 
 
 def test_rules_survive_a_round_trip_and_unknown_keys_do_not() -> None:
-    for rule in (LengthRule(), LengthRule(5, 9), LengthRule(percentiles=(10, 90), by_group=True, include_unclosed=True)):
+    for rule in (
+        LengthRule(),
+        LengthRule(5, 9),
+        LengthRule(percentiles=(10, 90), by_group=True, include_unclosed=True),
+    ):
         assert LengthRule.from_dict(rule.to_dict()) == rule
     with pytest.raises(SteerError, match="unknown key"):
         LengthRule.from_dict({"shorter": 3})

@@ -45,7 +45,9 @@ def test_means_equal_the_naive_ones(family: str) -> None:
                     assert not value.any()
                 else:
                     scale = np.abs(wanted).max()
-                    np.testing.assert_allclose(value.numpy(), wanted, atol=1e-5 * scale, rtol=0, err_msg=f"{site} {span}")
+                    np.testing.assert_allclose(
+                        value.numpy(), wanted, atol=1e-5 * scale, rtol=0, err_msg=f"{site} {span}"
+                    )
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "olmo2"])

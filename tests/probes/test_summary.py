@@ -45,7 +45,9 @@ def test_a_missing_key_is_refused(folder: Path) -> None:
         probes.Summary.load(folder)
 
 
-@pytest.mark.parametrize("text", ["kind: run\nformat_version: 1\n", "just text", "a: [", "kind: summary\nkind: summary\n"])
+@pytest.mark.parametrize(
+    "text", ["kind: run\nformat_version: 1\n", "just text", "a: [", "kind: summary\nkind: summary\n"]
+)
 def test_other_files_are_refused(folder: Path, text: str) -> None:
     (folder / "summary.yaml").write_text(text)
     with pytest.raises(SteerError):
@@ -104,7 +106,9 @@ def test_loading_reads_no_tensor(folder: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_unknown_quantities_and_layers_say_what_is_there(folder: Path) -> None:
     summary = probes.Summary.load(folder)
-    with pytest.raises(SteerError, match=r"no mlp_out/answer.*resid_mid/predicts_thinking.*--sites mlp_out --spans 'answer'"):
+    with pytest.raises(
+        SteerError, match=r"no mlp_out/answer.*resid_mid/predicts_thinking.*--sites mlp_out --spans 'answer'"
+    ):
         summary.values("mlp_out/answer")
     with pytest.raises(SteerError, match="no layer 7"):
         summary.values("z/predicts_thinking", (7,))
@@ -114,8 +118,18 @@ def test_combinations_equal_numpy(folder: Path) -> None:
     summary = probes.Summary.load(folder)
     weights = np.random.default_rng(0).standard_normal((3, len(summary)))
     values = summary.values("z/predicts_thinking").numpy()
-    np.testing.assert_allclose(summary.combine("z/predicts_thinking", torch.from_numpy(weights)), np.einsum("kr,rlhw->klhw", weights, values), rtol=1e-10, atol=1e-10)
-    np.testing.assert_allclose(summary.combine("z/predicts_thinking", torch.from_numpy(weights), (2,))[:, 0], np.einsum("kr,rhw->khw", weights, values[:, 2]), rtol=1e-10, atol=1e-10)
+    np.testing.assert_allclose(
+        summary.combine("z/predicts_thinking", torch.from_numpy(weights)),
+        np.einsum("kr,rlhw->klhw", weights, values),
+        rtol=1e-10,
+        atol=1e-10,
+    )
+    np.testing.assert_allclose(
+        summary.combine("z/predicts_thinking", torch.from_numpy(weights), (2,))[:, 0],
+        np.einsum("kr,rhw->khw", weights, values[:, 2]),
+        rtol=1e-10,
+        atol=1e-10,
+    )
 
 
 def test_the_frame_has_a_row_per_trace(folder: Path) -> None:
