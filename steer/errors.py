@@ -24,4 +24,6 @@ def _clause(text: str) -> str:
 
 
 def _upper(text: str) -> str:
-    return text[:1].upper() + text[1:]
+    """Begin a sentence with a capital, unless it begins with a name, a path or a symbol."""
+    word = text.split(" ", 1)[0].rstrip(",;:")
+    return text[:1].upper() + text[1:] if word.isalpha() and word.islower() and " " in text else text

@@ -56,5 +56,9 @@ def site(name: str) -> Site:
         SteerError: there is no such site.
     """
     if name not in SITES:
-        raise SteerError(f"there is no site {name!r}", f"one of {', '.join(SITES)}", "See `steer inspect MODEL` for the sites of a model")
+        raise SteerError(
+            f"there is no site {name!r}",
+            f"one of {', '.join(SITES)}",
+            "See `steer inspect MODEL` for the sites of a model",
+        )
     return SITES[name]
