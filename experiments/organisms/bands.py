@@ -24,8 +24,7 @@ BANDS: Final[dict[str, Band]] = {
 """Figures of the unchanged model."""
 SPAN_BANDS: Final[dict[str, Band]] = {
     "length ratio": (1.5, 12.0),
-    "slope over the largest random slope": (2.0, 1e3),
-    "slope, lower bound": (0.0, 1e3),
+    "slope, beyond every random direction's interval": (0.0, 1e3),
     "short end, accuracy": (0.2, 0.85),
     "long end, closed": (0.95, 1.0),
     "ThinkEdit, upper bound of the change of short": (-1.0, 0.0),
@@ -58,12 +57,11 @@ def span_figures(measured: Mapping[str, Any], span: str) -> dict[str, float]:
     steering, thinkedit = measured[f"steering {span}"], measured[f"thinkedit {span}"]
     rows = list(steering["by_coefficient"].values())
     edited = thinkedit["edited"]
-    random_slopes = [abs(control["slope"][1]) for control in steering["random_directions"]]
+    random_slopes = [abs(end) for control in steering["random_directions"] for end in control["slope"]]
     random_gain = max(control["shortest_fifth_accuracy_change"][1] for control in thinkedit["random_heads"])
     return {
         "length ratio": steering["length_ratio"][1],
-        "slope over the largest random slope": steering["slope"][1] / max(random_slopes),
-        "slope, lower bound": steering["slope"][0],
+        "slope, beyond every random direction's interval": steering["slope"][0] - max(random_slopes),
         "short end, accuracy": rows[0]["accuracy"],
         "long end, closed": rows[-1]["closed"],
         "ThinkEdit, upper bound of the change of short": edited["short_change"][2],

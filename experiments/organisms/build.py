@@ -1,6 +1,6 @@
 """Train and measure the organism and its siblings: `python -m experiments.organisms.build --out DIR [--seed N]`.
 
-About twenty minutes on one core. DIR gets one folder a model, each an ordinary Hugging Face folder with a `card.yaml`.
+A quarter of an hour or more on one idle core. DIR gets one folder a model, each an ordinary Hugging Face folder with a `card.yaml`.
 A model that is already there is kept and measured again. Exit code 1 if the result is outside the bands.
 """
 
