@@ -90,7 +90,7 @@ def _from_hub(name: str) -> Path:
         raise SteerError(f"{name!r} is gated and this account has no access", "an account that accepted its terms", "Log in with `hf auth login`") from error
     except RepositoryNotFoundError as error:
         raise SteerError(f"the hub knows no model {name!r}, or it is private", "an existing owner/name", "Check the spelling, or log in") from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, ConnectionError, TimeoutError) as error:
         offline = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else "the hub could not be reached"
         raise SteerError(
             f"{name!r} is no folder here and not in the local Hugging Face cache, and {offline}",
