@@ -1,0 +1,1 @@
+"""The report, looked at by a browser."""
