@@ -1,1 +1,0 @@
-"""The report, looked at by a browser."""
