@@ -50,13 +50,21 @@ def test_collect_writes_what_it_says(steer: Call, model: Path, run: Path, tmp_pa
     told = steer("collect", model, "--traces", run, "--out", out, "--sites", "resid_mid,z", "--spans", "thinking", "--spans", "marker:;", "--layers", "0,2-3")  # fmt: skip
     summary = probes.Summary.load(out)
     assert told["layers"] == [0, 2, 3] == list(summary.layers)
-    assert set(told["quantities"]) == {f"{site}/{span}" for site in ("resid_mid", "z") for span in ("thinking", "marker:;")}
-    assert told["plan_bytes"] == sum(shard.tensor(name).nbytes for shard in summary.shards for name in summary.quantities)
+    assert set(told["quantities"]) == {
+        f"{site}/{span}" for site in ("resid_mid", "z") for span in ("thinking", "marker:;")
+    }
+    assert told["plan_bytes"] == sum(
+        shard.tensor(name).nbytes for shard in summary.shards for name in summary.quantities
+    )
     assert told["traces"]["unclosed"] > 0
 
 
-def test_collect_says_the_bytes_before_it_starts(model: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert app.run(["collect", str(model), "--traces", str(run), "--out", str(tmp_path / "s"), "--max-tokens", "20"]) == 0
+def test_collect_says_the_bytes_before_it_starts(
+    model: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (
+        app.run(["collect", str(model), "--traces", str(run), "--out", str(tmp_path / "s"), "--max-tokens", "20"]) == 0
+    )
     streams = capsys.readouterr()
     assert "MB will be kept" in streams.err
     assert "traces left out (longer than" in streams.err
@@ -64,7 +72,9 @@ def test_collect_says_the_bytes_before_it_starts(model: Path, run: Path, tmp_pat
     assert "resid_mid/predicts_thinking" in streams.out
 
 
-def test_collect_refuses_a_folder_that_exists_and_resumes_one(steer: Call, model: Path, run: Path, tmp_path: Path) -> None:
+def test_collect_refuses_a_folder_that_exists_and_resumes_one(
+    steer: Call, model: Path, run: Path, tmp_path: Path
+) -> None:
     arguments = ("collect", model, "--traces", run, "--out", tmp_path / "s")
     steer(*arguments)
     assert "exists already" in steer(*arguments, status=2)["message"]
@@ -72,7 +82,9 @@ def test_collect_refuses_a_folder_that_exists_and_resumes_one(steer: Call, model
     assert "other options" in steer(*arguments, "--resume", "--layers", "1", status=2)["message"]
 
 
-def test_a_run_and_its_summary_give_the_same_direction_and_scores(steer: Call, model: Path, run: Path, tmp_path: Path) -> None:
+def test_a_run_and_its_summary_give_the_same_direction_and_scores(
+    steer: Call, model: Path, run: Path, tmp_path: Path
+) -> None:
     steer("collect", model, "--traces", run, "--out", tmp_path / "s")
     made_of = {}
     for kind, source in (("run", run), ("summary", tmp_path / "s")):
@@ -90,7 +102,9 @@ def test_a_run_and_its_summary_give_the_same_direction_and_scores(steer: Call, m
     assert scored["stability"] == pytest.approx(scores.stability)
 
 
-def test_thresholds_that_find_nothing_suggest_percentiles_which_then_work(steer: Call, model: Path, run: Path, tmp_path: Path) -> None:
+def test_thresholds_that_find_nothing_suggest_percentiles_which_then_work(
+    steer: Call, model: Path, run: Path, tmp_path: Path
+) -> None:
     arguments = ("probe", "length", model, "--from", run, "--out", tmp_path / "d.safetensors")
     error = steer(*arguments, status=2)
     assert "0 long" in error["message"]
@@ -105,7 +119,9 @@ def test_thresholds_that_find_nothing_suggest_percentiles_which_then_work(steer:
 def test_pictures_are_drawn_where_asked(steer: Call, model: Path, run: Path, tmp_path: Path, ending: str) -> None:
     direction = tmp_path / "d.safetensors"
     pictures = [tmp_path / f"{name}.{ending}" for name in ("length", "heads")]
-    steer("probe", "length", model, "--from", run, "--out", direction, "--percentiles", "20", "80", "--plot", pictures[0])
+    steer(
+        "probe", "length", model, "--from", run, "--out", direction, "--percentiles", "20", "80", "--plot", pictures[0]
+    )
     steer("probe", "heads", model, "--from", run, "--direction", direction, "--out", tmp_path / "h.safetensors", "--permutations", "5", "--plot", pictures[1])  # fmt: skip
     magic = {"png": b"\x89PNG", "svg": b"<?xml"}[ending]
     assert all(picture.read_bytes().startswith(magic) for picture in pictures)
@@ -113,13 +129,33 @@ def test_pictures_are_drawn_where_asked(steer: Call, model: Path, run: Path, tmp
 
 def test_people_get_tables(model: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     direction = str(tmp_path / "d.safetensors")
-    assert app.run(["probe", "length", str(model), "--from", str(run), "--out", direction, "--percentiles", "20", "80"]) == 0
+    assert (
+        app.run(["probe", "length", str(model), "--from", str(run), "--out", direction, "--percentiles", "20", "80"])
+        == 0
+    )
     assert "split-half cosine" in capsys.readouterr().out
-    assert app.run(["probe", "heads", str(model), "--from", str(run), "--direction", direction, "--out", str(tmp_path / "h.safetensors")]) == 0
+    assert (
+        app.run(
+            [
+                "probe",
+                "heads",
+                str(model),
+                "--from",
+                str(run),
+                "--direction",
+                direction,
+                "--out",
+                str(tmp_path / "h.safetensors"),
+            ]
+        )
+        == 0
+    )
     assert "rank correlation of two halves" in capsys.readouterr().out
 
 
-def test_what_exists_is_not_written_over_and_nothing_runs_before(steer: Call, model: Path, run: Path, tmp_path: Path) -> None:
+def test_what_exists_is_not_written_over_and_nothing_runs_before(
+    steer: Call, model: Path, run: Path, tmp_path: Path
+) -> None:
     taken = tmp_path / "taken.safetensors"
     taken.write_bytes(b"mine")
     assert "exists already" in steer("probe", "length", model, "--from", run, "--out", taken, status=2)["message"]
@@ -127,10 +163,25 @@ def test_what_exists_is_not_written_over_and_nothing_runs_before(steer: Call, mo
     assert taken.read_bytes() == b"mine"
 
 
-def test_another_models_summary_is_refused_by_headers(steer: Call, model: Path, run: Path, tmp_path: Path, tiny_folder: Callable[..., Path]) -> None:
+def test_another_models_summary_is_refused_by_headers(
+    steer: Call, model: Path, run: Path, tmp_path: Path, tiny_folder: Callable[..., Path]
+) -> None:
     steer("collect", model, "--traces", run, "--out", tmp_path / "s")
     other = tiny_folder("llama")
-    for arguments in (("probe", "length", other, "--from", tmp_path / "s", "--out", tmp_path / "d.safetensors", "--percentiles", "20", "80"),):
+    for arguments in (
+        (
+            "probe",
+            "length",
+            other,
+            "--from",
+            tmp_path / "s",
+            "--out",
+            tmp_path / "d.safetensors",
+            "--percentiles",
+            "20",
+            "80",
+        ),
+    ):
         assert "was made for" in steer(*arguments, status=2)["message"]
 
 
@@ -138,13 +189,25 @@ def test_bad_input_is_one_paragraph_with_status_2(steer: Call, model: Path, run:
     out = tmp_path / "x.safetensors"
     missing = steer("probe", "length", model, "--from", tmp_path / "nowhere", "--out", out, status=2)
     assert "nowhere" in missing["message"]
-    assert "no site" in steer("collect", model, "--traces", run, "--out", tmp_path / "s", "--sites", "resid", status=2)["message"]
-    assert "no span" in steer("collect", model, "--traces", run, "--out", tmp_path / "s", "--spans", "thoughts", status=2)["message"]
-    assert "trace or group" in steer("collect", model, "--traces", run, "--out", tmp_path / "s", "--keep", "both", status=2)["message"]
+    assert (
+        "no site"
+        in steer("collect", model, "--traces", run, "--out", tmp_path / "s", "--sites", "resid", status=2)["message"]
+    )
+    assert (
+        "no span"
+        in steer("collect", model, "--traces", run, "--out", tmp_path / "s", "--spans", "thoughts", status=2)["message"]
+    )
+    assert (
+        "trace or group"
+        in steer("collect", model, "--traces", run, "--out", tmp_path / "s", "--keep", "both", status=2)["message"]
+    )
     (tmp_path / "junk.safetensors").write_bytes(b"junk")
     steer("probe", "heads", model, "--from", run, "--direction", tmp_path / "junk.safetensors", "--out", out, status=2)
     (tmp_path / "empty.jsonl").write_text("")
-    assert "no traces" in steer("collect", model, "--traces", tmp_path / "empty.jsonl", "--out", tmp_path / "s", status=2)["message"]
+    assert (
+        "no traces"
+        in steer("collect", model, "--traces", tmp_path / "empty.jsonl", "--out", tmp_path / "s", status=2)["message"]
+    )
     assert not out.exists()
     assert not (tmp_path / "s").exists()
 
