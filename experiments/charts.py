@@ -47,7 +47,9 @@ def number(value: float) -> str:
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
     """Round numbers from at or below `low` to at or above `high`, about `count` steps."""
-    span = max(high - low, 1e-9)
+    if high - low < 1e-9:
+        low, high = low - 0.05 * (abs(low) or 1), high + 0.05 * (abs(high) or 1)
+    span = high - low
     power = 10.0 ** math.floor(math.log10(span / count))
     step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if span / (power * factor) <= count)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)

@@ -38,7 +38,7 @@ def draw(result: Path, picture: Path) -> None:
         axes.title.set(fontsize=10.5, fontweight="bold", color=INK)
     picture.parent.mkdir(parents=True, exist_ok=True)
     with replacing(picture, overwrite=True) as partial:
-        figure.savefig(partial, dpi=160, format=picture.suffix.lstrip(".") or "png", metadata={"Software": None})
+        figure.savefig(partial, dpi=160, format=picture.suffix.lstrip(".") or "png")
 
 
 def _read(result: Path) -> dict[str, Any]:

@@ -7,42 +7,8 @@ import pytest
 from experiments.intervals import wilson
 from experiments.summary import Replies, majority, summarise
 from steer.errors import SteerError
-from steer.marks import Marks
 from steer.trace import Trace
-
-MARKS = Marks(((3,),), ((4,),))
-
-
-def trace(
-    item: str,
-    sample: int,
-    length: int | None,
-    answer: str | None,
-    correct: bool,
-    *,
-    closed: bool = True,
-    group: str = "g",
-) -> Trace:
-    """A reply whose thought has `length` tokens, or that has none."""
-    completion = tuple(range(20, 20 + (length or 0) + 3))
-    span = None if length is None else (2, 2 + length if closed else 2 + len(completion))
-    return Trace(
-        f"{item}/{sample}",
-        item,
-        sample,
-        "p",
-        (10, 11),
-        completion,
-        thinking_span=span,
-        closed=None if span is None else closed,
-        thinking_tokens=None if span is None else span[1] - span[0],
-        answer=answer,
-        gold="1",
-        correct=correct,
-        finish_reason="stop" if closed else "length",
-        group=group,
-    )
-
+from tests.experiments.made import MARKS, trace
 
 ROWS = [
     trace("a", 0, 10, "1", True),
