@@ -7,13 +7,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from steer.cli.lists import numbers
 from steer.cli.options import Json, Model, Out, Quiet, Seed
 from steer.cli.output import Output
 from steer.cli.probe.source import From, Picture, is_summary, refuse_existing, summary_for
+from steer.errors import SteerError
 
 if TYPE_CHECKING:
     from probes.collect.summary import Summary
     from steer.directions import Direction
+    from steer.steering import Steering
 
 Site = Annotated[str, typer.Option("--site", help="Where the vectors are measured.")]
 Span = Annotated[str, typer.Option("--span", help="Positions that are averaged.")]
@@ -24,6 +27,19 @@ Percentiles = Annotated[
     typer.Option("--percentiles", metavar="LOW HIGH", show_default=False, help="Instead of the thresholds: 20 80."),
 ]
 ByGroup = Annotated[bool, typer.Option("--by-group", help="Compare within groups of items of equal size.")]
+SteeringFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--steering",
+        show_default=False,
+        help="Also write a steering (.yaml) that adds the direction; run it as MODEL+FILE@COEFFICIENT.",
+    ),
+]
+AddAt = Annotated[str, typer.Option("--add-at", help="Site at which the steering adds the direction.")]
+AddLayers = Annotated[
+    list[str] | None,
+    typer.Option("--add-layers", show_default="all", help="Layers of the steering, such as 2,3 or 10-20."),
+]
 Unclosed = Annotated[bool, typer.Option("--include-unclosed", help="Take thoughts that never close, too.")]
 
 
@@ -39,6 +55,9 @@ def command(
     by_group: ByGroup = False,
     include_unclosed: Unclosed = False,
     plot: Picture = None,
+    steering: SteeringFile = None,
+    add_at: AddAt = "attn_out",
+    add_layers: AddLayers = None,
     seed: Seed = 0,
     json: Json = False,
     quiet: Quiet = False,
@@ -47,7 +66,7 @@ def command(
     from probes.directions import length_direction
 
     output = Output(json, quiet)
-    refuse_existing(out, plot)
+    refuse_existing(out, plot, *_files_of(steering, out))
     summary = _summary(model, source, site, span, output)
     direction = length_direction(
         summary,
@@ -60,10 +79,36 @@ def command(
         include_unclosed=include_unclosed,
         seed=seed,
     )
+    made = None if steering is None else _steering(direction, add_at, add_layers, steering.stem)
     direction.save(out)
+    if made is not None and steering is not None:
+        made.save(steering)
+        output.remark(f"Steer with it: steer generate {model}+{steering}@0.5 …")
     if plot is not None:
         _draw(summary, direction, plot, seed)
     _tell(direction, out, output)
+
+
+def _files_of(steering: Path | None, direction: Path) -> tuple[Path, ...]:
+    if steering is None:
+        return ()
+    vectors = steering.with_suffix(".safetensors")
+    if steering.suffix != ".yaml" or vectors == direction:
+        raise SteerError(
+            f"--steering names {steering}, whose vectors would lie in {vectors}",
+            "a name that ends in .yaml and is not that of --out",
+            "For example --steering longer.yaml",
+        )
+    return steering, vectors
+
+
+def _steering(direction: Direction, site: str, layers: list[str] | None, name: str) -> Steering:
+    """Make `Add` with coefficient 1, so that the subject's @COEFFICIENT is the strength."""
+    from steer.interventions import Add
+    from steer.steering import Steering
+
+    chosen = numbers(layers, "add-layers")
+    return Steering((Add(direction, site, layers=None if chosen is None else tuple(chosen)),), name=name)
 
 
 def _summary(model: str, source: Path, site: str, span: str, output: Output) -> Summary:

@@ -15,7 +15,10 @@ from steer.cli import app
 from steer.cli.lists import numbers, words
 from steer.directions import Direction
 from steer.errors import SteerError
+from steer.interventions import Add
 from steer.scores import HeadScores
+from steer.steering import Steering
+from steer.subjects import open_subject
 from tests.probes import made
 
 Call = Callable[..., dict[str, Any]]
@@ -220,3 +223,24 @@ def test_lists_on_the_command_line() -> None:
     for wrong in ("x", "3-1", "-2", "1.5"):
         with pytest.raises(SteerError, match="layers"):
             numbers([wrong], "layers")
+
+
+def test_length_writes_a_steering_that_runs_as_a_subject(steer: Call, model: Path, run: Path, tmp_path: Path) -> None:
+    out, steering = tmp_path / "d.safetensors", tmp_path / "longer.yaml"
+    common = ("probe", "length", model, "--from", run, "--percentiles", 30, 70, "--out", out)
+    steer(*common, "--steering", steering, "--add-at", "mlp_out", "--add-layers", "1-2")
+    made_of = Steering.load(steering)
+    (add,) = made_of.interventions
+    assert isinstance(add, Add) and (add.site, add.layers, add.coefficient) == ("mlp_out", (1, 2), 1.0)
+    assert torch.equal(add.direction[1], Direction.load(out)[1])
+    plain, steered = (open_subject(f"{model}{change}").run([[5, 9, 12]])[0] for change in ("", f"+{steering}@0.5"))
+    assert not torch.equal(plain, steered)
+
+
+@pytest.mark.parametrize("name", ["d.yaml", "longer.json"])
+def test_a_steering_that_would_hide_another_file_is_refused(
+    steer: Call, model: Path, run: Path, tmp_path: Path, name: str
+) -> None:
+    out = tmp_path / "d.safetensors"
+    error = steer("probe", "length", model, "--from", run, "--out", out, "--steering", tmp_path / name, status=2)
+    assert ".yaml" in error["expected"] and not out.exists()
