@@ -62,7 +62,7 @@ def render(result: DemoResult) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": wording.percent, "tokens": wording.tokens, "points": wording.points}
+    environment.filters |= {"percent": wording.percent, "tokens": wording.tokens}
     return environment.get_template("demo.html.jinja").render(
         result=result,
         sentences=result.sentences(),
@@ -164,11 +164,11 @@ def _row(result: DemoResult, edit: Edit) -> dict[str, str]:
         "name": edit.name,
         "heads": ", ".join(f"{layer}.{head}" for layer, head in edit.heads),
         "accuracy": wording.percent(edit.run.accuracy),
-        "accuracy_change": wording.points(change.accuracy),
+        "accuracy_change": wording.brief(change.accuracy),
         "short": wording.percent(edit.run.summary["thoughts"]["short"]["value"]),
-        "short_change": wording.points(change.short_share),
+        "short_change": wording.brief(change.short_share),
         "length": wording.tokens(edit.run.mean_thinking_tokens),
-        "shortest": wording.points(change.accuracy_of_shortest_fifth),
+        "shortest": wording.brief(change.accuracy_of_shortest_fifth),
     }
 
 

@@ -33,6 +33,16 @@ def points(change: Interval) -> str:
     return f"{value:+.0f}{SPACE}points, 95{SPACE}% interval {low:+.0f} to {high:+.0f}".replace("-", "−")
 
 
+def brief(change: Interval) -> str:
+    """A change of a share in points, for a table: value (low to high)."""
+    if change.value is None or change.low is None or change.high is None:
+        return UNKNOWN
+    low, value, high = (
+        f"{round(100 * each):+d}" if round(100 * each) else "0" for each in (change.low, change.value, change.high)
+    )
+    return f"{value} ({low} to {high})".replace("-", "−").replace(" ", SPACE)
+
+
 def small(value: float | None) -> str:
     """A very small number as m × 10ⁿ."""
     if value is None:

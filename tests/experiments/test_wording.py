@@ -1,7 +1,7 @@
 import pytest
 
 from experiments.intervals import Interval
-from experiments.wording import clear, percent, points, small, tokens
+from experiments.wording import brief, clear, percent, points, small, tokens
 
 
 @pytest.mark.parametrize(
@@ -20,7 +20,8 @@ def test_lengths(value, text):
 def test_changes_carry_their_sign_and_interval():
     said = points(Interval(-0.131, -0.18, 0.02)).replace("\u00a0", " ")
     assert said == "−13 points, 95 % interval −18 to +2"
-    assert points(Interval(None)) == "not known"
+    assert points(Interval(None)) == brief(Interval(None)) == "not known"
+    assert brief(Interval(0.12, -0.003, 0.2)).replace("\u00a0", " ") == "+12 (0 to +20)"
 
 
 @pytest.mark.parametrize(
