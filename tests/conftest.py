@@ -104,6 +104,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     config.hook.pytest_deselected(items=[item for item in items if lane_of(item) not in wanted])
     items[:] = chosen
     for item in chosen:
+        item.user_properties.append(("lane", lane_of(item)))
         reason = obstacle(lane_of(item))
         if reason is not None:
             item.add_marker(pytest.mark.skip(reason=f"lane {lane_of(item)} cannot run: {reason}"))
@@ -115,7 +116,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     reasons: dict[str, Counter[str]] = defaultdict(Counter)
     for outcome in ("passed", "failed", "error", "skipped", "xfailed"):
         for report in terminalreporter.stats.get(outcome, []):
-            lane = next((lane for lane in LANES[1:] if lane in getattr(report, "keywords", ())), "unit")
+            lane = dict(getattr(report, "user_properties", ())).get("lane", "unit")
             counts[lane][outcome] += 1
             if outcome == "skipped":
                 reasons[lane][_reason(report)] += 1
