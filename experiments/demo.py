@@ -54,7 +54,7 @@ class Plan:
         site, layers, coefficients: where and how strongly the direction is added.
         heads: how many are edited.
         percentiles: which thoughts are short and long, within questions of one size.
-        questions: test questions per point, one reply each.
+        questions: test questions per point, one reply each; whole shards of 64, since a step costs the same for few rows.
         fit_questions, fit_samples: what the direction is made from.
         controls: random directions, and random choices of heads.
     """
@@ -66,8 +66,8 @@ class Plan:
     coefficients: tuple[float, ...]
     heads: int
     percentiles: tuple[float, float] = (20.0, 80.0)
-    questions: int = 200
-    fit_questions: int = 400
+    questions: int = 192
+    fit_questions: int = 384
     fit_samples: int = 1
     controls: int = 2
 
