@@ -7,6 +7,7 @@ same reduction with their hooks and against the same plain call: TransformerLens
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -25,7 +26,11 @@ from steer.trace import Trace
 
 ROWS, PROMPT, REPLY = 8, 16, 48
 BAR = 1.10
-SHARDS = (2, 6)
+SHARDS = (2, 12)
+GIVE_BACK = {
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_TRIM_THRESHOLD_": "65536",
+}  # glibc otherwise keeps what is freed
 MEMORY_SITES = ("resid_mid", "resid_post", "attn_out", "mlp_out")
 
 
@@ -123,7 +128,8 @@ def memory() -> dict[str, object]:
     """Return anonymous memory after collecting few and many shards, each in a fresh process."""
     command = [sys.executable, "-m", "benchmarks.span_means", "--memory"]
     root = Path(__file__).parents[1]
-    runs = [subprocess.run([*command, str(n)], cwd=root, check=True, capture_output=True, text=True) for n in SHARDS]
+    options: dict[str, Any] = {"cwd": root, "env": {**os.environ, **GIVE_BACK}, "check": True, "capture_output": True}
+    runs = [subprocess.run([*command, str(n)], **options) for n in SHARDS]
     few, many = (json.loads(run.stdout) for run in runs)
     return {"few": few, "many": many, "grown_by_bytes": many["anonymous"] - few["anonymous"]}
 
