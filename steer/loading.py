@@ -68,7 +68,9 @@ def load(
     return model
 
 
-def _weights(source: Source, headers: Headers, dtype: torch.dtype | None, device: torch.device | str | None, device_map: Any) -> Any:
+def _weights(
+    source: Source, headers: Headers, dtype: torch.dtype | None, device: torch.device | str | None, device_map: Any
+) -> Any:
     from transformers import AutoModelForCausalLM
 
     if device_map is not None and device is not None:

@@ -159,9 +159,13 @@ class HeadProgram:
 
 def _operation(layer: int, write: Write) -> ProjectColumns:
     intervention = write.intervention
-    assert isinstance(intervention, ProjectOut) and intervention.heads is not None, "nothing else is allowed at head_out"
+    assert isinstance(intervention, ProjectOut) and intervention.heads is not None, (
+        "nothing else is allowed at head_out"
+    )
     heads = tuple(head for where, head in intervention.heads if where == layer)
-    return ProjectColumns(layer, "attention_output", heads, intervention.direction[layer], write.coefficient * intervention.weight)
+    return ProjectColumns(
+        layer, "attention_output", heads, intervention.direction[layer], write.coefficient * intervention.weight
+    )
 
 
 def _refuse_shared_heads(layer: int, operations: dict[str, list[ProjectColumns]]) -> None:

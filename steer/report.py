@@ -117,7 +117,10 @@ class Report:
     @property
     def touched(self) -> dict[Place, dict[str, int]]:
         """{(layer, site): {phase: positions}}, padding left out; with several rows, the sum over them."""
-        return {place: {phase: counter.total() for phase, counter in found.items()} for place, found in sorted(self._counters.items())}
+        return {
+            place: {phase: counter.total() for phase, counter in found.items()}
+            for place, found in sorted(self._counters.items())
+        }
 
     @property
     def positions(self) -> int:
@@ -160,6 +163,8 @@ class Report:
         return f"steered {self.positions} positions at {len(lines)} places\n" + "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        cells = "".join(f"<tr><td>{row['layer']}<td>{row['site']}<td>{row['phase']}<td>{row['positions']}" for row in self.rows())
+        cells = "".join(
+            f"<tr><td>{row['layer']}<td>{row['site']}<td>{row['phase']}<td>{row['positions']}" for row in self.rows()
+        )
         head = html.escape(str(self).splitlines()[0])
         return f"<table><caption>{head}</caption><tr><th>layer<th>site<th>phase<th>positions{cells}</table>"

@@ -56,7 +56,9 @@ def locate(name: str) -> Source:
     if name.startswith("organism:"):
         wanted = name.removeprefix("organism:")
         if wanted not in organisms():
-            raise SteerError(f"there is no organism {wanted!r}", f"one of {', '.join(organisms()) or 'none in this installation'}")
+            raise SteerError(
+                f"there is no organism {wanted!r}", f"one of {', '.join(organisms()) or 'none in this installation'}"
+            )
         return Source(name, BUILTIN / wanted, organism=True)
     path = Path(name).expanduser()
     if name.endswith(".gguf"):
@@ -67,7 +69,11 @@ def locate(name: str) -> Source:
         return Source(name, path)
     if path.exists() or name.startswith((".", "/", "~", os.sep)) or name.count("/") != 1 or not all(name.split("/")):
         found = "is a file" if path.is_file() else "is neither a folder nor a hub id"
-        raise SteerError(f"{name!r} {found}", "a model folder, a .gguf file, owner/name on the hub, or organism:NAME", "Check the path")
+        raise SteerError(
+            f"{name!r} {found}",
+            "a model folder, a .gguf file, owner/name on the hub, or organism:NAME",
+            "Check the path",
+        )
     return Source(name, _from_hub(name))
 
 
@@ -85,13 +91,27 @@ def _from_hub(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=list(WANTED)))
     except HFValidationError as error:
-        raise SteerError(f"{name!r} is no valid hub id", "owner/name, a folder, or organism:NAME", "Check the spelling or the path") from error
+        raise SteerError(
+            f"{name!r} is no valid hub id", "owner/name, a folder, or organism:NAME", "Check the spelling or the path"
+        ) from error
     except GatedRepoError as error:
-        raise SteerError(f"{name!r} is gated and this account has no access", "an account that accepted its terms", "Log in with `hf auth login`") from error
+        raise SteerError(
+            f"{name!r} is gated and this account has no access",
+            "an account that accepted its terms",
+            "Log in with `hf auth login`",
+        ) from error
     except RepositoryNotFoundError as error:
-        raise SteerError(f"the hub knows no model {name!r}, or it is private", "an existing owner/name", "Check the spelling, or log in") from error
+        raise SteerError(
+            f"the hub knows no model {name!r}, or it is private",
+            "an existing owner/name",
+            "Check the spelling, or log in",
+        ) from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, ConnectionError, TimeoutError) as error:
-        offline = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else "the hub could not be reached"
+        offline = (
+            "HF_HUB_OFFLINE is set"
+            if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0")
+            else "the hub could not be reached"
+        )
         raise SteerError(
             f"{name!r} is no folder here and not in the local Hugging Face cache, and {offline}",
             "a model on disk, or a connection to the hub",

@@ -33,5 +33,7 @@ def tokenizer_id_of(folder: str | Path) -> str:
         words = dict(known) if isinstance(known, dict) else {row[0]: index for index, row in enumerate(known)}
         added = {row["content"]: row["id"] for row in document.get("added_tokens", [])}
     except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise SteerError(f"{path} is no tokenizer file ({error})", "model.vocab and added_tokens", "Download or copy the file again") from error
+        raise SteerError(
+            f"{path} is no tokenizer file ({error})", "model.vocab and added_tokens", "Download or copy the file again"
+        ) from error
     return tokenizer_id(_Vocabulary(words | added))

@@ -73,6 +73,12 @@ def _reach(anatomy: Anatomy, quantised: str, kind: str, site: str, form: str) ->
         layers, why = 0, f"the weights are quantised ({quantised})"
     elif site.startswith("mlp") and (site == "mlp_raw" or form in ("patch", "lora")) and dense < total:
         layers, why = dense, "the other layers have experts"
-    if form == "lora" and not why and any(module == ("mlp_output" if site.startswith("mlp") else "attention_output") for module, _ in anatomy.biases):
+    if (
+        form == "lora"
+        and not why
+        and any(
+            module == ("mlp_output" if site.startswith("mlp") else "attention_output") for module, _ in anatomy.biases
+        )
+    ):
         why = "only where the output bias has no component along the direction"
     return Reach(f"{kind} at {site}", form, layers, total, (kind, site) in PRESENT[form], why)

@@ -90,19 +90,31 @@ def read_headers(folder: str | Path) -> Headers:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise SteerError(f"there is no folder {str(folder)!r}", "a folder with config.json and safetensors files", "Check the path, or give a hub id")
+        raise SteerError(
+            f"there is no folder {str(folder)!r}",
+            "a folder with config.json and safetensors files",
+            "Check the path, or give a hub id",
+        )
     config = read_config(folder)
     files, indexed = _files(folder)
     tensors: dict[str, Entry] = {}
     for file in files:
         for name, entry in read_file_header(folder / file).items():
             if name in tensors:
-                raise SteerError(f"tensor {name!r} is in {tensors[name].file} and in {file} of {folder}", "each tensor in one file", "Save the model again")
+                raise SteerError(
+                    f"tensor {name!r} is in {tensors[name].file} and in {file} of {folder}",
+                    "each tensor in one file",
+                    "Save the model again",
+                )
             tensors[name] = entry
     for name, file in indexed.items():
         if name not in tensors or tensors[name].file != file:
             there = tensors[name].file if name in tensors else "nowhere"
-            raise SteerError(f"the index of {folder} puts {name!r} in {file}, but it is in {there}", "an index that agrees with its shards", "Download it again")
+            raise SteerError(
+                f"the index of {folder} puts {name!r} in {file}, but it is in {there}",
+                "an index that agrees with its shards",
+                "Download it again",
+            )
     return Headers(folder, config, files, tensors)
 
 
@@ -115,7 +127,11 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / "config.json"
     if not path.is_file():
         adapter = (path.parent / "adapter_config.json").is_file()
-        remedy = "This is an adapter: name its base model, and the adapter as a change" if adapter else "Check that the folder is a whole Hugging Face model"
+        remedy = (
+            "This is an adapter: name its base model, and the adapter as a change"
+            if adapter
+            else "Check that the folder is a whole Hugging Face model"
+        )
         raise SteerError(f"{path.parent} has no config.json", "a model folder", remedy)
     return _json_object(path.read_bytes(), path)
 
@@ -127,35 +143,58 @@ def read_file_header(path: Path) -> dict[str, Entry]:
         SteerError: the file is missing, cut off or not a safetensors file; tensors overlap or leave gaps.
     """
     if not path.is_file():
-        raise SteerError(f"{path} is missing although the index names it", "every shard of the index", "Download the checkpoint again")
+        raise SteerError(
+            f"{path} is missing although the index names it",
+            "every shard of the index",
+            "Download the checkpoint again",
+        )
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
         if not 2 <= length <= min(LIMIT, size - 8):
-            raise SteerError(f"{path} ({size} bytes) announces a header of {length} bytes", "a safetensors file", "Download or copy the file again")
+            raise SteerError(
+                f"{path} ({size} bytes) announces a header of {length} bytes",
+                "a safetensors file",
+                "Download or copy the file again",
+            )
         header = _json_object(file.read(length), path)
     header.pop("__metadata__", None)
     found = {name: _entry(path, name, value, 8 + length) for name, value in header.items()}
     position, owner = 8 + length, ""
     for name, entry in sorted(found.items(), key=lambda pair: (pair[1].start, pair[1].end)):
         if entry.start != position:
-            raise SteerError(f"tensor {name!r} of {path} starts at byte {entry.start}, {owner or 'the header'} ends at {position}", "no gap and no overlap")
+            raise SteerError(
+                f"tensor {name!r} of {path} starts at byte {entry.start}, {owner or 'the header'} ends at {position}",
+                "no gap and no overlap",
+            )
         position, owner = entry.end, repr(name)
     if position != size:
         state = "is cut off" if position > size else "has bytes after its last tensor"
-        raise SteerError(f"{path} {state}: {size} bytes", f"{position} bytes by its header", "Download or copy the file again")
+        raise SteerError(
+            f"{path} {state}: {size} bytes", f"{position} bytes by its header", "Download or copy the file again"
+        )
     return found
 
 
 def _entry(path: Path, name: str, value: Any, base: int) -> Entry:
     try:
-        dtype, shape, (start, end) = str(value["dtype"]), tuple(map(int, value["shape"])), map(int, value["data_offsets"])
+        dtype, shape, (start, end) = (
+            str(value["dtype"]),
+            tuple(map(int, value["shape"])),
+            map(int, value["data_offsets"]),
+        )
     except (TypeError, KeyError, ValueError) as error:
-        raise SteerError(f"the header of {path} describes {name!r} as {value!r}", "dtype, shape and data_offsets") from error
+        raise SteerError(
+            f"the header of {path} describes {name!r} as {value!r}", "dtype, shape and data_offsets"
+        ) from error
     wanted = math.prod(shape) * BYTES[dtype] if dtype in BYTES else end - start
     if min(shape, default=0) < 0 or not 0 <= start <= end or wanted != end - start:
-        raise SteerError(f"tensor {name!r} of {path} is {dtype} {list(shape)} in bytes {start} to {end}", f"{wanted} bytes", "Download or copy the file again")
+        raise SteerError(
+            f"tensor {name!r} of {path} is {dtype} {list(shape)} in bytes {start} to {end}",
+            f"{wanted} bytes",
+            "Download or copy the file again",
+        )
     return Entry(path.name, dtype, shape, base + start, base + end)
 
 
@@ -166,10 +205,15 @@ def _files(folder: Path) -> tuple[tuple[str, ...], dict[str, str]]:
     if (folder / INDEX).is_file():
         table = _json_object((folder / INDEX).read_bytes(), folder / INDEX).get("weight_map")
         if not isinstance(table, dict) or not table:
-            raise SteerError(f"{folder / INDEX} has no weight_map", "the file of every tensor", "Download the checkpoint again")
+            raise SteerError(
+                f"{folder / INDEX} has no weight_map", "the file of every tensor", "Download the checkpoint again"
+            )
         for name, file in table.items():
             if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-                raise SteerError(f"{folder / INDEX} puts {name!r} in {file!r}", "the plain name of a safetensors file in the same folder")
+                raise SteerError(
+                    f"{folder / INDEX} puts {name!r} in {file!r}",
+                    "the plain name of a safetensors file in the same folder",
+                )
         return tuple(dict.fromkeys(table.values())), table
     others = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
     if others:
@@ -179,7 +223,11 @@ def _files(folder: Path) -> tuple[tuple[str, ...], dict[str, str]]:
             "Look for a safetensors revision of the model, or convert it where you trust it: "
             "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...) writes safetensors",
         )
-    raise SteerError(f"{folder} has neither {SINGLE} nor {INDEX}", "the weights of a Hugging Face model", "Check that the download finished")
+    raise SteerError(
+        f"{folder} has neither {SINGLE} nor {INDEX}",
+        "the weights of a Hugging Face model",
+        "Check that the download finished",
+    )
 
 
 def _json_object(data: bytes, path: Path) -> dict[str, Any]:
@@ -194,7 +242,9 @@ def _json_object(data: bytes, path: Path) -> dict[str, Any]:
     try:
         value = json.loads(data, object_pairs_hook=unique)
     except ValueError as error:
-        raise SteerError(f"{path} does not hold JSON where it should ({error})", "a JSON object", "Download or copy the file again") from error
+        raise SteerError(
+            f"{path} does not hold JSON where it should ({error})", "a JSON object", "Download or copy the file again"
+        ) from error
     if not isinstance(value, dict):
         raise SteerError(f"{path} holds a JSON {type(value).__name__}", "a JSON object")
     return value

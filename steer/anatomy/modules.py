@@ -63,7 +63,11 @@ def places(model: nn.Module, anatomy: Anatomy) -> Places:
     parts, inner = anatomy.record.model, anatomy.record.layer
     layers = list(_find(model, parts.layers, "the model").children())
     if len(layers) != anatomy.layers:
-        raise SteerError(f"{parts.layers} holds {len(layers)} layers", f"{anatomy.layers} by the configuration", "Correct `model: layers` in the record")
+        raise SteerError(
+            f"{parts.layers} holds {len(layers)} layers",
+            f"{anatomy.layers} by the configuration",
+            "Correct `model: layers` in the record",
+        )
     found = []
     for number, layer in enumerate(layers):
         where = f"layer {number}"
@@ -78,7 +82,12 @@ def places(model: nn.Module, anatomy: Anatomy) -> Places:
                 mlp_added=_find(layer, mlp.norm or inner.mlp, where),
             )
         )
-    return Places(_find(model, parts.backbone, "the model"), _find(model, parts.embedding, "the model"), _find(model, parts.head, "the model"), tuple(found))
+    return Places(
+        _find(model, parts.backbone, "the model"),
+        _find(model, parts.embedding, "the model"),
+        _find(model, parts.head, "the model"),
+        tuple(found),
+    )
 
 
 def _find(root: nn.Module, path: str, where: str) -> nn.Module:

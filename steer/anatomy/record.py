@@ -127,14 +127,26 @@ def read_record(path: str | Path) -> Record:
     """
     path = Path(path)
     if not path.is_file():
-        raise SteerError(f"there is no anatomy record {str(path)!r}", "a YAML file", f"Start from a copy of one of {', '.join(families())} in {FAMILIES.name}/")
+        raise SteerError(
+            f"there is no anatomy record {str(path)!r}",
+            "a YAML file",
+            f"Start from a copy of one of {', '.join(families())} in {FAMILIES.name}/",
+        )
     try:
-        return Record.model_validate(yaml.load(path.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
+        return Record.model_validate(
+            yaml.load(path.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        )
     except yaml.YAMLError as error:
         raise SteerError(f"{path} is no YAML ({error})", "an anatomy record", "See docs/anatomy.md") from error
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, item['loc'])) or 'the file'}: {item['msg']}" for item in error.errors())
-        raise SteerError(f"the anatomy record {path} does not fit: {problems}", "the keys of docs/anatomy.md", "Correct the keys named here") from error
+        problems = "; ".join(
+            f"{'.'.join(map(str, item['loc'])) or 'the file'}: {item['msg']}" for item in error.errors()
+        )
+        raise SteerError(
+            f"the anatomy record {path} does not fit: {problems}",
+            "the keys of docs/anatomy.md",
+            "Correct the keys named here",
+        ) from error
 
 
 def families() -> tuple[str, ...]:

@@ -107,7 +107,10 @@ class Anatomy:
         if module in PER_LAYER:
             self.check_layers([layer], module)
         if key not in self.shapes:
-            raise SteerError(f"layer {layer} of this {self.family} model has experts, so it has no {module}", f"one of the layers {list(self.dense_mlp_layers)}")
+            raise SteerError(
+                f"layer {layer} of this {self.family} model has experts, so it has no {module}",
+                f"one of the layers {list(self.dense_mlp_layers)}",
+            )
         return self.shapes[key]
 
     def check_layers(self, layers: Any, what: str) -> None:
@@ -118,7 +121,9 @@ class Anatomy:
         """
         wrong = [layer for layer in layers if not 0 <= layer < self.layers]
         if wrong:
-            raise SteerError(f"{what} names layer {wrong[0]}", f"layers 0 to {self.layers - 1} of this {self.family} model")
+            raise SteerError(
+                f"{what} names layer {wrong[0]}", f"layers 0 to {self.layers - 1} of this {self.family} model"
+            )
 
 
 def resolve(config: Mapping[str, Any], shapes: Shapes, record: Record | None = None) -> Anatomy:
@@ -190,7 +195,11 @@ def _record(config: Mapping[str, Any], shapes: Shapes, record: Record | None) ->
             "(docs/anatomy.md explains each key), give it with anatomy=FILE, and let the self-check prove it",
         )
     if model_type not in found.model_types:
-        raise SteerError(f"the record {found.family!r} describes {', '.join(found.model_types)}", f"one for {model_type!r}", "Add the type to model_types")
+        raise SteerError(
+            f"the record {found.family!r} describes {', '.join(found.model_types)}",
+            f"one for {model_type!r}",
+            "Add the type to model_types",
+        )
     return found
 
 
@@ -198,7 +207,9 @@ def _missing(record: Record, config: Mapping[str, Any], shapes: Shapes, name: st
     method = (config.get("quantization_config") or {}).get("quant_method")
     if method:
         return SteerError(
-            f"the checkpoint is quantised ({method}), it has no plain {name}", "weights in bf16, fp16 or fp32", "Take the unquantised model for headers and edits"
+            f"the checkpoint is quantised ({method}), it has no plain {name}",
+            "weights in bf16, fp16 or fp32",
+            "Take the unquantised model for headers and edits",
         )
     return SteerError(
         f"the model has no tensor {name}, which the record {record.family!r} names; there are: {layer_tree(shapes)}",
@@ -212,11 +223,17 @@ def _number(record: Record, config: Mapping[str, Any], name: str, absent: int | 
     value = config.get(key, record.defaults.get(key))
     value = absent if value is None else value
     if not isinstance(value, int):
-        raise SteerError(f"config.json has {key} = {value!r}", "a whole number", f"Complete the configuration, or put {key} under `defaults` in the record")
+        raise SteerError(
+            f"config.json has {key} = {value!r}",
+            "a whole number",
+            f"Complete the configuration, or put {key} under `defaults` in the record",
+        )
     return value
 
 
-def _head_width(record: Record, found: Mapping[tuple[str, int], tuple[int, ...]], layers: int, hidden: int, heads: int) -> int:
+def _head_width(
+    record: Record, found: Mapping[tuple[str, int], tuple[int, ...]], layers: int, hidden: int, heads: int
+) -> int:
     widths = {found["attention_output", layer] for layer in range(layers)}
     if len(widths) != 1 or len(shape := next(iter(widths))) != 2 or shape[0] != hidden or shape[1] % heads:
         raise SteerError(

@@ -73,18 +73,38 @@ class _Checker:
 
     def _identities(self, layer: int) -> list[tuple[str, Tensor, Tensor]]:
         seen, place, anatomy = self.seen, self.model.places.layers[layer], self.model.anatomy
-        missing = [site for site in SITES if site not in seen and (site != "mlp_raw" or layer in anatomy.dense_mlp_layers)]
+        missing = [
+            site for site in SITES if site not in seen and (site != "mlp_raw" or layer in anatomy.dense_mlp_layers)
+        ]
         if missing:
             raise self._refusal(f"{', '.join(missing)} of layer {layer} never appeared in a forward pass")
         attention, mlp = anatomy.attention_contribution, anatomy.mlp_contribution
         found = [
             ("attn_raw == W_O z + b", seen["attn_raw"], _projected(place.attention_output, seen["z"].flatten(-2))),
-            (f"attn_out == {_named(attention, 'attn_raw')}", seen["attn_out"], _contributed(attention, place, True)(seen["attn_raw"])),
-            ("resid_mid == resid_pre + attn_out", seen["resid_mid"], seen["resid_pre"] + seen["attn_out"].to(seen["resid_pre"].device)),
-            ("resid_post == resid_mid + mlp_out", seen["resid_post"], seen["resid_mid"] + seen["mlp_out"].to(seen["resid_mid"].device)),
+            (
+                f"attn_out == {_named(attention, 'attn_raw')}",
+                seen["attn_out"],
+                _contributed(attention, place, True)(seen["attn_raw"]),
+            ),
+            (
+                "resid_mid == resid_pre + attn_out",
+                seen["resid_mid"],
+                seen["resid_pre"] + seen["attn_out"].to(seen["resid_pre"].device),
+            ),
+            (
+                "resid_post == resid_mid + mlp_out",
+                seen["resid_post"],
+                seen["resid_mid"] + seen["mlp_out"].to(seen["resid_mid"].device),
+            ),
         ]
         if "mlp_raw" in seen:
-            found.append((f"mlp_out == {_named(mlp, 'mlp_raw')}", seen["mlp_out"], _contributed(mlp, place, False)(seen["mlp_raw"])))
+            found.append(
+                (
+                    f"mlp_out == {_named(mlp, 'mlp_raw')}",
+                    seen["mlp_out"],
+                    _contributed(mlp, place, False)(seen["mlp_raw"]),
+                )
+            )
         if self.previous is not None:
             found.append(("resid_pre == resid_post of the layer before", seen["resid_pre"], self.previous))
         return found
@@ -101,7 +121,9 @@ class _Checker:
     def finish(self, tolerance: float) -> SelfCheck:
         broken = {name: found for name, found in self.worst.items() if not found[0] <= tolerance}
         if broken:
-            words = "; ".join(f"{name} is off by {difference:.2g} in layer {layer}" for name, (difference, layer) in broken.items())
+            words = "; ".join(
+                f"{name} is off by {difference:.2g} in layer {layer}" for name, (difference, layer) in broken.items()
+            )
             raise self._refusal(f"{words} (relative, allowed {tolerance:g})")
         differences = {name: difference for name, (difference, _) in self.worst.items()}
         return SelfCheck(tolerance, differences, self.model.anatomy.layers, TOKENS)
@@ -143,7 +165,9 @@ def tolerance_of(dtype: torch.dtype) -> float:
 
 
 def _named(contribution: Contributes, raw: str) -> str:
-    return {"identity": raw, "scale": f"{contribution.multiplier:g} x {raw}", "norm": f"{contribution.norm}({raw})"}[contribution.kind]
+    return {"identity": raw, "scale": f"{contribution.multiplier:g} x {raw}", "norm": f"{contribution.norm}({raw})"}[
+        contribution.kind
+    ]
 
 
 def _contributed(contribution: Contributes, place: LayerPlaces, attention: bool) -> Callable[[Tensor], Tensor]:

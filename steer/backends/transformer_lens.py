@@ -87,7 +87,9 @@ def wrap(hf_model: Any) -> Lens:
     try:
         from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
     except ImportError as error:
-        raise SteerError("TransformerLens 4.3 is not installed", "the extra `lens`", "pip install 'reasoning-steer[lens]'") from error
+        raise SteerError(
+            "TransformerLens 4.3 is not installed", "the extra `lens`", "pip install 'reasoning-steer[lens]'"
+        ) from error
     eager = copy.deepcopy(hf_model)
     eager.set_attn_implementation("eager")
     return Lens(build_bridge_from_module(eager, type(eager).__name__, hf_config=eager.config))
@@ -96,10 +98,16 @@ def wrap(hf_model: Any) -> Lens:
 def _check_write(intervention: Intervention) -> None:
     if intervention.site not in WRITABLE:
         raise SteerError(
-            f"TransformerLens cannot write {intervention.site} as this toolkit means it", f"one of {', '.join(WRITABLE)}", "Use the hook form of `model.steered`"
+            f"TransformerLens cannot write {intervention.site} as this toolkit means it",
+            f"one of {', '.join(WRITABLE)}",
+            "Use the hook form of `model.steered`",
         )
     if intervention.phase != "all":
-        raise SteerError(f"TransformerLens does not know phase {intervention.phase!r}", "phase 'all'", "Use the hook form of `model.steered`")
+        raise SteerError(
+            f"TransformerLens does not know phase {intervention.phase!r}",
+            "phase 'all'",
+            "Use the hook form of `model.steered`",
+        )
 
 
 def _name(site: str, layer: int) -> str:

@@ -37,9 +37,15 @@ def command(
             help="A hub id, a folder, a file.gguf, or organism:chain (bundled); with FILE, a steering or a patch, its coverage.",
         ),
     ],
-    self_check: Annotated[bool, typer.Option("--self-check", help="Load the model and prove its anatomy by one short forward pass.")] = False,
-    anatomy: Annotated[Path | None, typer.Option("--anatomy", help="Your own record of the family (YAML).", show_default=False)] = None,
-    hash_all: Annotated[bool, typer.Option("--hash", help="Read and hash the weights if their id is not known.")] = False,
+    self_check: Annotated[
+        bool, typer.Option("--self-check", help="Load the model and prove its anatomy by one short forward pass.")
+    ] = False,
+    anatomy: Annotated[
+        Path | None, typer.Option("--anatomy", help="Your own record of the family (YAML).", show_default=False)
+    ] = None,
+    hash_all: Annotated[
+        bool, typer.Option("--hash", help="Read and hash the weights if their id is not known.")
+    ] = False,
     json: Json = False,
     quiet: Quiet = False,
     seed: Seed = 0,
@@ -51,7 +57,11 @@ def command(
     headers = read_headers(source.folder)
     found = resolve(headers.config, headers.shapes, None if anatomy is None else read_record(anatomy))
     identity = ModelIdentity(
-        source.name, found.family, shape_id(found.numbers()), weights_id(source.folder, headers.files, hash_all), tokenizer_id_of(source.folder)
+        source.name,
+        found.family,
+        shape_id(found.numbers()),
+        weights_id(source.folder, headers.files, hash_all),
+        tokenizer_id_of(source.folder),
     )
     rows = reaches(found, _quantised(headers))
     result: dict[str, Any] = {
@@ -63,7 +73,9 @@ def command(
     table: dict[str, list[str]] = {}
     for row in rows:
         table.setdefault(row.change, [row.change]).append(str(row))
-    output.table("forms (layers reached; later: not in this version)", ("change of all tokens", *FORMS), list(table.values()))
+    output.table(
+        "forms (layers reached; later: not in this version)", ("change of all tokens", *FORMS), list(table.values())
+    )
     for why in dict.fromkeys(f"{row.form}, {row.change}: {row.why}" for row in rows if row.why):
         output.text(f"  {why}")
     if asked.changes:
@@ -87,7 +99,9 @@ def _anatomy(anatomy: Anatomy, headers: Headers) -> dict[str, Any]:
         "attention_contribution": asdict(anatomy.attention_contribution),
         "mlp_contribution": asdict(anatomy.mlp_contribution),
         "dense_mlp_layers": list(dense),
-        "biases": {name: sum(module == name for module, _ in anatomy.biases) for name in ("attention_output", "mlp_output")},
+        "biases": {
+            name: sum(module == name for module, _ in anatomy.biases) for name in ("attention_output", "mlp_output")
+        },
         "sites": {name: len(dense) if name == "mlp_raw" else anatomy.layers for name in SITES},
         "tensors": len(headers.tensors),
         "files": list(headers.files),
@@ -105,8 +119,13 @@ def _print(output: Output, result: Mapping[str, Any]) -> None:
     for part in ("attention", "mlp"):
         shown = _shown(Contributes(**result[f"{part}_contribution"]))
         output.text(f"  {part}: {shown}; output biases on {result['biases'][f'{part}_output']} layers")
-    output.text("  sites: " + ", ".join(f"{name} {count}/{result['layers']}" for name, count in result["sites"].items()))
-    output.text("  " + ", ".join(f"{name} {result['identity'][name][:12]}" for name in ("shape_id", "weights_id", "tokenizer_id")))
+    output.text(
+        "  sites: " + ", ".join(f"{name} {count}/{result['layers']}" for name, count in result["sites"].items())
+    )
+    output.text(
+        "  "
+        + ", ".join(f"{name} {result['identity'][name][:12]}" for name in ("shape_id", "weights_id", "tokenizer_id"))
+    )
 
 
 def _shown(contribution: Contributes) -> str:

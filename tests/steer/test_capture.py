@@ -16,7 +16,10 @@ def passes(capture, count, places=(("z", 0), ("z", 1), ("resid_post", 1))):
 def test_the_last_pass_is_kept():
     capture = Capture()
     passes(capture, 3)
-    assert {site: {layer: value.item() for layer, value in values.items()} for site, values in capture.items()} == {"z": {0: 2, 1: 2}, "resid_post": {1: 2}}
+    assert {site: {layer: value.item() for layer, value in values.items()} for site, values in capture.items()} == {
+        "z": {0: 2, 1: 2},
+        "resid_post": {1: 2},
+    }
     assert capture.forwards == []
 
 

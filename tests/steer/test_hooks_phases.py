@@ -25,7 +25,9 @@ def direction(site="resid_post", width=(48,)):
 
 def where(phase):
     states = states_of(SEQUENCE, PROMPT, Marks(((5,),), ((6,),)))
-    wanted = {"all": set(State), "generated": {State.OPENING, State.THINKING, State.ANSWER}}.get(phase, {State[phase.upper()]} if phase.upper() in State.__members__ else set())
+    wanted = {"all": set(State), "generated": {State.OPENING, State.THINKING, State.ANSWER}}.get(
+        phase, {State[phase.upper()]} if phase.upper() in State.__members__ else set()
+    )
     return torch.tensor([state in wanted for state in states])
 
 
@@ -81,7 +83,11 @@ def test_interventions_of_several_phases_at_one_place(tiny):
         hooked = model.run([SEQUENCE], [PROMPT])[0]
     with naive.rewritten(hf, {(layer, "resid_post"): edits(d[layer]) for layer in (1, 2)}):
         torch.testing.assert_close(hooked, model.run([SEQUENCE], [PROMPT])[0], rtol=1e-9, atol=1e-9)
-    assert report.touched[1, "resid_post"] == {"thinking": int(thinking.sum()), "all": len(SEQUENCE), "answer": int(answer.sum())}
+    assert report.touched[1, "resid_post"] == {
+        "thinking": int(thinking.sum()),
+        "all": len(SEQUENCE),
+        "answer": int(answer.sum()),
+    }
 
 
 def test_head_out_within_a_phase(tiny):
@@ -91,7 +97,9 @@ def test_head_out_within_a_phase(tiny):
     with model.steered(Steering((ProjectOut(d, "head_out", heads=((1, 2), (2, 0)), phase="thinking"),))):
         hooked = model.run([SEQUENCE], [PROMPT])[0]
     mask = where("thinking")
-    edits = {(layer, f"head_out {head}"): masked(naive.project_out(d[layer], 1.0), mask) for layer, head in ((1, 2), (2, 0))}
+    edits = {
+        (layer, f"head_out {head}"): masked(naive.project_out(d[layer], 1.0), mask) for layer, head in ((1, 2), (2, 0))
+    }
     with naive.rewritten(hf, edits):
         torch.testing.assert_close(hooked, model.run([SEQUENCE], [PROMPT])[0], rtol=1e-6, atol=1e-6)
 
@@ -101,7 +109,13 @@ def test_token_by_token_with_a_cache_equals_one_pass(tiny, family):
     hf, tokenizer = tiny(family)
     model = steer.wrap(hf, tokenizer)
     d = direction()
-    steering = Steering((Add(d, "resid_post", phase="thinking"), ProjectOut(d, "resid_mid", phase="answer"), Add(d, "attn_out", phase="prompt")))
+    steering = Steering(
+        (
+            Add(d, "resid_post", phase="thinking"),
+            ProjectOut(d, "resid_mid", phase="answer"),
+            Add(d, "attn_out", phase="prompt"),
+        )
+    )
     with model.steered(steering) as whole_report:
         whole = model.run([SEQUENCE], [PROMPT])[0]
     positions = Positions(model.marks, [PROMPT], [0])
@@ -120,11 +134,17 @@ def test_without_positions_only_phase_all_runs(tiny):
     hf, tokenizer = tiny("llama")
     model = steer.wrap(hf, tokenizer)
     ids = torch.tensor([[8, 9]])
-    with pytest.raises(SteerError, match=r"thinking.*m\.generate"), model.steered(Steering((Add(direction(), "resid_post", phase="thinking"),))):
+    with (
+        pytest.raises(SteerError, match=r"thinking.*m\.generate"),
+        model.steered(Steering((Add(direction(), "resid_post", phase="thinking"),))),
+    ):
         hf(input_ids=ids)
     with model.steered(Steering((Add(direction(), "resid_post"),))):
         hf.generate(ids, max_new_tokens=2)
-    with pytest.raises(SteerError, match="generated"), model.steered(Steering((Add(direction(), "resid_post", phase="generated"),))):
+    with (
+        pytest.raises(SteerError, match="generated"),
+        model.steered(Steering((Add(direction(), "resid_post", phase="generated"),))),
+    ):
         hf.generate(ids, max_new_tokens=2)
 
 
@@ -140,7 +160,10 @@ def test_a_phase_that_has_left_no_longer_needs_positions(tiny):
 def test_phases_need_marks(tiny):
     hf, _ = tiny("llama")
     model = steer.wrap(hf, None)
-    with pytest.raises(SteerError, match="marks"), model.steered(Steering((Add(direction(), "resid_post", phase="thinking"),))):
+    with (
+        pytest.raises(SteerError, match="marks"),
+        model.steered(Steering((Add(direction(), "resid_post", phase="thinking"),))),
+    ):
         pass
     with model.steered(Steering((Add(direction(), "resid_post", phase="generated"),))) as report:
         model.run([SEQUENCE], [PROMPT])
@@ -164,7 +187,10 @@ def test_nothing_touched_is_said(tiny):
     with pytest.warns(UserWarning, match=r"'late' touched 0 positions.*answer"), model.steered(steering) as report:
         model.run([[3, 14, 15]], [2])
     assert report.untouched == [(1, "resid_post", "answer"), (2, "resid_post", "answer")]
-    with pytest.warns(UserWarning, match="touched 0 positions"), model.steered(Steering((Add(direction(), "resid_post"),))):
+    with (
+        pytest.warns(UserWarning, match="touched 0 positions"),
+        model.steered(Steering((Add(direction(), "resid_post"),))),
+    ):
         pass
     with warnings.catch_warnings():
         warnings.simplefilter("error")

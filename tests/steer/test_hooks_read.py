@@ -87,7 +87,13 @@ def test_generate_with_cache_and_left_padding_reads_what_one_forward_reads(tiny,
     hf, tokenizer = tiny(family, dtype=dtype)
     model = steer.wrap(hf, tokenizer)
     d = Direction(torch.randn(2, 48, generator=torch.Generator().manual_seed(1)), (1, 2), "resid_post")
-    steering = Steering((Add(d, "resid_post", coefficient=0.5), ProjectOut(d, "resid_mid"), ProjectOut(d, "head_out", heads=((1, 0), (2, 1)))))
+    steering = Steering(
+        (
+            Add(d, "resid_post", coefficient=0.5),
+            ProjectOut(d, "resid_mid"),
+            ProjectOut(d, "head_out", heads=((1, 0), (2, 1))),
+        )
+    )
     ids = torch.tensor([[0, 0, 8, 9, 7], [3, 14, 15, 9, 26]])
     mask = (torch.arange(5) >= torch.tensor([[2], [0]])).long()
     with model.steered(steering) as report, model.capture({"resid_post": None, "z": [3]}, every=True) as acts:
@@ -140,7 +146,12 @@ def test_mlp_raw_exists_on_dense_layers_only(tiny):
 
 @pytest.mark.parametrize(
     ("wanted", "words"),
-    [({"resid_between": [0]}, "no site"), ({"z": [4]}, "layer 4"), ({"z": [-1]}, "layer -1"), ({"head_out": None}, "head scores")],
+    [
+        ({"resid_between": [0]}, "no site"),
+        ({"z": [4]}, "layer 4"),
+        ({"z": [-1]}, "layer -1"),
+        ({"head_out": None}, "head scores"),
+    ],
 )
 def test_reading_what_is_not_there_is_refused(tiny, wanted, words):
     model = steer.wrap(*tiny("llama"))

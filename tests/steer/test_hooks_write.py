@@ -78,14 +78,20 @@ def test_head_out_projects_each_heads_own_write(tiny, family):
     model = steer.wrap(hf, tokenizer)
     d, e = direction(model, "resid_mid"), direction(model, "resid_mid", seed=1)
     heads = ((1, 0), (1, 3), (3, 2))
-    steering = Steering((ProjectOut(d, "head_out", heads=heads), ProjectOut(e, "head_out", weight=0.5, heads=((1, 3),))))
+    steering = Steering(
+        (ProjectOut(d, "head_out", heads=heads), ProjectOut(e, "head_out", weight=0.5, heads=((1, 3),)))
+    )
     with model.steered(steering, coefficient=0.8):
         hooked = logits(hf)
 
     def both(h):
         return naive.project_out(e[1], 0.4)(naive.project_out(d[1], 0.8)(h))
 
-    edits = {(1, "head_out 0"): naive.project_out(d[1], 0.8), (1, "head_out 3"): both, (3, "head_out 2"): naive.project_out(d[3], 0.8)}
+    edits = {
+        (1, "head_out 0"): naive.project_out(d[1], 0.8),
+        (1, "head_out 3"): both,
+        (3, "head_out 2"): naive.project_out(d[3], 0.8),
+    }
     with naive.rewritten(hf, edits):
         expected = logits(hf)
     torch.testing.assert_close(hooked, expected, rtol=1e-6, atol=1e-6)  # The factors are float32.
@@ -94,7 +100,9 @@ def test_head_out_projects_each_heads_own_write(tiny, family):
 def test_head_out_edits_that_overlap_compose_over_contexts(tiny):
     hf, tokenizer = tiny("qwen3", dtype=torch.float64)
     model = steer.wrap(hf, tokenizer)
-    first, second = (Steering((ProjectOut(direction(model, "resid_mid", seed=s), "head_out", heads=((1, 2),)),)) for s in (0, 1))
+    first, second = (
+        Steering((ProjectOut(direction(model, "resid_mid", seed=s), "head_out", heads=((1, 2),)),)) for s in (0, 1)
+    )
     with model.steered(Steering(first.interventions + second.interventions)):
         together = logits(hf)
     with model.steered(first), model.steered(second):
@@ -122,11 +130,18 @@ def test_head_out_follows_a_weight_that_changes_inside_the_context(tiny):
 def test_head_out_of_two_phases_on_one_head_is_refused(tiny):
     model = steer.wrap(*tiny("qwen3"))
     d = direction(model, "resid_mid")
-    clash = Steering((ProjectOut(d, "head_out", heads=((1, 2),)), ProjectOut(d, "head_out", heads=((1, 1), (1, 2)), phase="thinking")))
+    clash = Steering(
+        (
+            ProjectOut(d, "head_out", heads=((1, 2),)),
+            ProjectOut(d, "head_out", heads=((1, 1), (1, 2)), phase="thinking"),
+        )
+    )
     with pytest.raises(SteerError, match=r"(?i)head 2 of layer 1"), model.steered(clash):
         pass
     assert hooks_on(model.hf) == 0
-    apart = Steering((ProjectOut(d, "head_out", heads=((1, 2),)), ProjectOut(d, "head_out", heads=((1, 1),), phase="generated")))
+    apart = Steering(
+        (ProjectOut(d, "head_out", heads=((1, 2),)), ProjectOut(d, "head_out", heads=((1, 1),), phase="generated"))
+    )
     with model.steered(apart):
         model.run(IDS, [3, 3])
 
@@ -180,7 +195,9 @@ def test_readers_see_the_result_whatever_was_entered_first(tiny, outer):
         with writer, reader as acts:
             logits(hf)
     for layer in range(4):
-        torch.testing.assert_close(acts["resid_mid"][layer], acts["resid_pre"][layer] + acts["attn_out"][layer], rtol=0, atol=1e-12)
+        torch.testing.assert_close(
+            acts["resid_mid"][layer], acts["resid_pre"][layer] + acts["attn_out"][layer], rtol=0, atol=1e-12
+        )
     along = (acts["resid_mid"][1] * naive.unit(d[1].double())).sum(-1)
     torch.testing.assert_close(along, torch.zeros_like(along), rtol=0, atol=1e-9)
     added = acts["resid_post"][1] - acts["resid_mid"][1] - acts["mlp_out"][1]
@@ -193,7 +210,13 @@ def hooks_on(hf):
 
 def fingerprint(hf):
     return {
-        name: (sorted(module.__dict__), sorted(module._buffers), sorted(module._parameters), type(module), module.forward)
+        name: (
+            sorted(module.__dict__),
+            sorted(module._buffers),
+            sorted(module._parameters),
+            type(module),
+            module.forward,
+        )
         for name, module in hf.named_modules()
     }
 
@@ -214,7 +237,11 @@ def test_nothing_is_left_on_the_model_even_after_an_exception(tiny, family):
     def fail(site, layer, value, states):
         raise RuntimeError("in the middle of a forward pass")
 
-    with pytest.raises(RuntimeError, match="in the middle"), model.steered(steering), model.read(fail, {"attn_raw": [2]}):
+    with (
+        pytest.raises(RuntimeError, match="in the middle"),
+        model.steered(steering),
+        model.read(fail, {"attn_raw": [2]}),
+    ):
         logits(hf)
     assert hooks_on(hf) == 0 and fingerprint(hf) == before
     assert not model.taps._contexts and not model.taps._residual and not model.taps._positions

@@ -26,7 +26,10 @@ def test_a_folder_of_every_family_loads_as_it_was_saved(tiny, tiny_folder, famil
     assert model.marks.exist and model.identity.weights_id != UNKNOWN and not model.hf.training
 
 
-@pytest.mark.parametrize(("saved", "asked", "found"), [("bfloat16", None, "bfloat16"), ("float32", None, "float32"), ("bfloat16", "float32", "float32")])
+@pytest.mark.parametrize(
+    ("saved", "asked", "found"),
+    [("bfloat16", None, "bfloat16"), ("float32", None, "float32"), ("bfloat16", "float32", "float32")],
+)
 def test_the_dtype_is_the_checkpoints_unless_asked(tiny_folder, saved, asked, found):
     folder = tiny_folder("llama", dtype=getattr(torch, saved))
     assert steer.load(folder, dtype=asked and getattr(torch, asked)).dtype == getattr(torch, found)
@@ -94,7 +97,10 @@ def test_a_hub_id_that_is_cached_is_found_offline(tmp_path, monkeypatch, tiny_fo
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     model = steer.load("someone/tiny-llama")
     assert model.path == snapshot and model.name == "someone/tiny-llama"
-    assert "*.bin" not in asked["someone/tiny-llama"]["allow_patterns"] and "*.py" not in asked["someone/tiny-llama"]["allow_patterns"]
+    assert (
+        "*.bin" not in asked["someone/tiny-llama"]["allow_patterns"]
+        and "*.py" not in asked["someone/tiny-llama"]["allow_patterns"]
+    )
 
 
 def broken(tiny_folder, tmp_path, **config):
@@ -110,7 +116,11 @@ def test_a_checkpoint_that_lacks_weights_is_refused(tiny_folder, tmp_path):
     from safetensors.torch import load_file, save_file
 
     tensors = load_file(folder / "model.safetensors")
-    save_file({name: value for name, value in tensors.items() if "layers.2.input_layernorm" not in name}, folder / "model.safetensors", {"format": "pt"})
+    save_file(
+        {name: value for name, value in tensors.items() if "layers.2.input_layernorm" not in name},
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
     with pytest.raises(SteerError, match=r"lacks weights.*model\.layers\.2\.input_layernorm\.weight.*random"):
         steer.load(folder)
 

@@ -29,7 +29,12 @@ def direction(seed=0, width=(WIDTH,), site="resid_post"):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_each_write_sees_its_predecessor_and_the_sum_is_cast_once(dtype):
-    chain = [Add(direction(0), "resid_post"), ProjectOut(direction(1), "resid_post"), SetComponent(direction(2), "resid_post", 2.0), Add(direction(3), "resid_post", -0.5)]
+    chain = [
+        Add(direction(0), "resid_post"),
+        ProjectOut(direction(1), "resid_post"),
+        SetComponent(direction(2), "resid_post", 2.0),
+        Add(direction(3), "resid_post", -0.5),
+    ]
     value = torch.randn(2, 3, WIDTH).to(dtype)
     expected = value.to(torch.float64)
     for intervention in chain:
@@ -44,16 +49,23 @@ def test_each_write_sees_its_predecessor_and_the_sum_is_cast_once(dtype):
         assert ((found.double() - expected).abs() <= 0.501 * step + 1e-5).all()  # Half a unit: one rounding.
 
 
-@pytest.mark.parametrize(("phases", "steps"), [(("all", "all", "all"), 1), (("all", "thinking", "all"), 3), (("thinking", "thinking", "all"), 2)])
+@pytest.mark.parametrize(
+    ("phases", "steps"),
+    [(("all", "all", "all"), 1), (("all", "thinking", "all"), 3), (("thinking", "thinking", "all"), 2)],
+)
 def test_neighbouring_additions_of_one_phase_become_one_constant(phases, steps):
-    program = Program(2, [write(Add(direction(seed), "resid_post", phase=phase), 0.5) for seed, phase in enumerate(phases)])
+    program = Program(
+        2, [write(Add(direction(seed), "resid_post", phase=phase), 0.5) for seed, phase in enumerate(phases)]
+    )
     states = torch.tensor([[0, 2, 3]])
     value = torch.zeros(1, 3, WIDTH)
     found = program.write(value, tick(states))
     assert program.is_constant and len(next(iter(program._ready.values()))) == steps
     for index in range(3):
         acting = [seed for seed, phase in enumerate(phases) if phase == "all" or index == 1]
-        torch.testing.assert_close(found[0, index], sum(0.5 * direction(seed)[2] for seed in acting) + torch.zeros(WIDTH))
+        torch.testing.assert_close(
+            found[0, index], sum(0.5 * direction(seed)[2] for seed in acting) + torch.zeros(WIDTH)
+        )
 
 
 def test_a_direction_per_head_acts_per_head():
@@ -65,11 +77,15 @@ def test_a_direction_per_head_acts_per_head():
 
 
 def test_float64_stays_float64():
-    assert wide(torch.float64) == torch.float64 and {wide(each) for each in (torch.float32, torch.bfloat16, torch.float16)} == {torch.float32}
+    assert wide(torch.float64) == torch.float64 and {
+        wide(each) for each in (torch.float32, torch.bfloat16, torch.float16)
+    } == {torch.float32}
 
 
 def heads_write(heads, phase="all", weight=1.0, seed=0):
-    return write(ProjectOut(direction(seed), "head_out", weight=weight, heads=tuple((2, head) for head in heads), phase=phase))
+    return write(
+        ProjectOut(direction(seed), "head_out", weight=weight, heads=tuple((2, head) for head in heads), phase=phase)
+    )
 
 
 def test_heads_equal_the_edited_weight():
@@ -82,7 +98,9 @@ def test_heads_equal_the_edited_weight():
         for head in heads:
             block = edited[:, 2 * head : 2 * head + 2]
             edited[:, 2 * head : 2 * head + 2] = block - weight * torch.outer(v, v @ block) / (v @ v)
-    torch.testing.assert_close(program.added(z, tick()), z @ (edited - projection.weight.detach()).T, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        program.added(z, tick()), z @ (edited - projection.weight.detach()).T, rtol=1e-6, atol=1e-6
+    )
 
 
 def test_factors_are_made_again_only_when_the_weight_changes():

@@ -30,7 +30,9 @@ def test_a_place_counts_the_passes_that_it_wrote_in(phase, missed):
         if index not in missed:
             counter.touch(tick)
             counter.touch(tick)  # A layer that is called twice in one pass counts once.
-    assert counter.total() == sum(int(phase_mask(state, phase).sum()) for index, state in enumerate(states) if index not in missed)
+    assert counter.total() == sum(
+        int(phase_mask(state, phase).sum()) for index, state in enumerate(states) if index not in missed
+    )
 
 
 def test_without_states_only_the_phase_all_counts():

@@ -13,7 +13,11 @@ IDS = torch.tensor([[3, 14, 15]])
 
 
 def hooks(hf):
-    return {id(hook) for module in hf.modules() for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())}
+    return {
+        id(hook)
+        for module in hf.modules()
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    }
 
 
 def one(layer=1, site="resid_post"):

@@ -13,7 +13,9 @@ from tests.tiny import FAMILIES
 
 def change(kind, site, anatomy):
     layers = tuple(range(anatomy.layers))
-    d = Direction(torch.randn(len(layers), anatomy.hidden, generator=torch.Generator().manual_seed(0)), layers, "resid_mid")
+    d = Direction(
+        torch.randn(len(layers), anatomy.hidden, generator=torch.Generator().manual_seed(0)), layers, "resid_mid"
+    )
     heads = tuple((layer, 0) for layer in layers) if site == "head_out" else None
     return Steering((ProjectOut(d, site, heads=heads) if kind == PROJECTED else Add(d, site),))
 

@@ -16,7 +16,14 @@ from steer import SteerError
 from steer.anatomy import read_headers
 from steer.anatomy.headers import INDEX, SINGLE, read_file_header
 
-DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64", torch.int64: "I64", torch.bool: "BOOL"}
+DTYPES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.bool: "BOOL",
+}
 
 
 def folder_with(tmp_path, tensors, config=None):
@@ -31,15 +38,24 @@ def raw_file(path, header, data):
 
 
 def test_entries_point_at_the_bytes_that_safetensors_reads(tmp_path):
-    tensors = {f"t.{name}": torch.randint(0, 2, (3, 5 + index)).to(dtype) for index, (dtype, name) in enumerate(DTYPES.items())}
+    tensors = {
+        f"t.{name}": torch.randint(0, 2, (3, 5 + index)).to(dtype) for index, (dtype, name) in enumerate(DTYPES.items())
+    }
     tensors["scalar"], tensors["empty"] = torch.tensor(2.5), torch.zeros(0, 7)
     headers = read_headers(folder_with(tmp_path, tensors))
     assert headers.tensors.keys() == tensors.keys() and headers.files == (SINGLE,)
     blob = (tmp_path / SINGLE).read_bytes()
     with safe_open(tmp_path / SINGLE, framework="pt") as file:
         for name, entry in headers.tensors.items():
-            assert entry.shape == tuple(file.get_slice(name).get_shape()) and entry.dtype == file.get_slice(name).get_dtype()
-            flat = file.get_tensor(name).contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if tensors[name].numel() else b""
+            assert (
+                entry.shape == tuple(file.get_slice(name).get_shape())
+                and entry.dtype == file.get_slice(name).get_dtype()
+            )
+            flat = (
+                file.get_tensor(name).contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+                if tensors[name].numel()
+                else b""
+            )
             assert blob[entry.start : entry.end] == flat
     assert headers.bytes == sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     assert headers.shapes["t.BF16"] == (3, 6) and headers.dtypes["BF16"] == 1
@@ -97,7 +113,11 @@ def entry(start, end, dtype="F32", shape=None):
         ({"a": 7}, 0, "describes 'a'"),
         (b"[1, 2]", 0, "list"),
         (b'{"a": ', 0, "JSON"),
-        (b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', 4, "'a' twice"),
+        (
+            b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}',
+            4,
+            "'a' twice",
+        ),
     ],
 )
 def test_broken_headers(tmp_path, header, data, words):
@@ -107,7 +127,9 @@ def test_broken_headers(tmp_path, header, data, words):
         read_file_header(path)
 
 
-@pytest.mark.parametrize("content", [b"", b"1234", b"\xff" * 16, struct.pack("<Q", 200_000_000) + b"{}", struct.pack("<Q", 0)])
+@pytest.mark.parametrize(
+    "content", [b"", b"1234", b"\xff" * 16, struct.pack("<Q", 200_000_000) + b"{}", struct.pack("<Q", 0)]
+)
 def test_files_that_are_no_safetensors(tmp_path, content):
     path = tmp_path / SINGLE
     path.write_bytes(content)

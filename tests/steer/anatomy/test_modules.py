@@ -19,7 +19,11 @@ BEHIND = {"gemma2", "gemma3_text", "olmo2"}
 def test_places_are_the_modules_of_the_family(tiny, family):
     hf, tokenizer = tiny(family)
     found = steer.wrap(hf, tokenizer).places
-    assert (found.backbone, found.embedding, found.head) == (hf.model, hf.get_input_embeddings(), hf.get_output_embeddings())
+    assert (found.backbone, found.embedding, found.head) == (
+        hf.model,
+        hf.get_input_embeddings(),
+        hf.get_output_embeddings(),
+    )
     for place, layer in zip(found.layers, hf.model.layers, strict=True):
         assert place.layer is layer and place.attention_output is layer.self_attn.o_proj
         assert place.attention_added is (layer.post_attention_layernorm if family in BEHIND else layer.self_attn)

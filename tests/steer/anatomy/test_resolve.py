@@ -25,7 +25,11 @@ def test_headers_and_memory_give_one_anatomy(tiny, tiny_folder, family):
     hf, tokenizer = tiny(family)
     in_memory = steer.wrap(hf, tokenizer).anatomy
     assert on_disk.numbers() == in_memory.numbers() and shape_id(on_disk.numbers()) == shape_id(in_memory.numbers())
-    assert (on_disk.biases, on_disk.dense_mlp_layers, on_disk.tied) == (in_memory.biases, in_memory.dense_mlp_layers, in_memory.tied)
+    assert (on_disk.biases, on_disk.dense_mlp_layers, on_disk.tied) == (
+        in_memory.biases,
+        in_memory.dense_mlp_layers,
+        in_memory.tied,
+    )
     config = hf.config
     assert on_disk.tied == config.tie_word_embeddings == ("lm_head.weight" not in headers.tensors)
     attention = hf.model.layers[0].self_attn
@@ -45,9 +49,15 @@ def test_disk_names_are_those_of_the_checkpoint(tiny, tiny_folder, family):
                 continue
             projection = getattr(found.layers[layer], module)
             name = anatomy.disk_name(module, layer)
-            assert name == memory[id(projection.weight)] and headers.tensors[name].shape == tuple(projection.weight.shape)
+            assert name == memory[id(projection.weight)] and headers.tensors[name].shape == tuple(
+                projection.weight.shape
+            )
             assert anatomy.shape(module, layer) == tuple(projection.weight.shape)
-            assert anatomy.has_bias(module, layer) == (projection.bias is not None) == (anatomy.bias_name(module, layer) in headers.tensors)
+            assert (
+                anatomy.has_bias(module, layer)
+                == (projection.bias is not None)
+                == (anatomy.bias_name(module, layer) in headers.tensors)
+            )
     assert anatomy.disk_name("embedding") == "model.embed_tokens.weight"
     assert anatomy.disk_name("head") == ("model.embed_tokens.weight" if anatomy.tied else "lm_head.weight")
 
@@ -75,7 +85,9 @@ def test_output_biases_are_seen_in_the_headers(tiny_folder, bias):
     assert all(anatomy.has_bias("mlp_output", layer) != bias for layer in range(4))
 
 
-@pytest.mark.parametrize(("listed", "step", "dense"), [([0, 2], 1, (0, 2)), ([], 2, (0, 2)), ([1], 2, (0, 1, 2)), ([], 1, ())])
+@pytest.mark.parametrize(
+    ("listed", "step", "dense"), [([0, 2], 1, (0, 2)), ([], 2, (0, 2)), ([1], 2, (0, 1, 2)), ([], 1, ())]
+)
 def test_dense_layers_of_a_mixture_follow_the_configuration(tiny, tiny_folder, listed, step, dense):
     _, anatomy = of_folder(tiny_folder("qwen3_moe", mlp_only_layers=listed, decoder_sparse_step=step))
     assert anatomy.dense_mlp_layers == dense
@@ -91,7 +103,10 @@ def test_contributions(tiny_folder):
     granite = of_folder(tiny_folder("granite"))[1].mlp_contribution
     assert (granite.kind, granite.multiplier) == ("scale", 0.22)
     gemma = of_folder(tiny_folder("gemma3_text"))[1]
-    assert (gemma.attention_contribution.norm, gemma.mlp_contribution.norm) == ("post_attention_layernorm", "post_feedforward_layernorm")
+    assert (gemma.attention_contribution.norm, gemma.mlp_contribution.norm) == (
+        "post_attention_layernorm",
+        "post_feedforward_layernorm",
+    )
     headers = read_headers(tiny_folder("granite"))
     without = {key: value for key, value in headers.config.items() if key != "residual_multiplier"}
     assert resolve(without, headers.shapes).attention_contribution.multiplier == 1.0
@@ -104,7 +119,14 @@ def test_a_family_without_a_record_shows_its_tensors_and_the_way_out(tiny_folder
     with pytest.raises(SteerError) as caught:
         resolve({**headers.config, "model_type": "novel"}, headers.shapes)
     text = str(caught.value)
-    for part in ("'novel'", "model.layers.0.self_attn.o_proj.weight [48, 48]", "model.embed_tokens.weight", "anatomy=FILE", "docs/anatomy.md", "qwen3_moe"):
+    for part in (
+        "'novel'",
+        "model.layers.0.self_attn.o_proj.weight [48, 48]",
+        "model.embed_tokens.weight",
+        "anatomy=FILE",
+        "docs/anatomy.md",
+        "qwen3_moe",
+    ):
         assert part in text
     assert "layers.1." not in text
 
@@ -112,7 +134,9 @@ def test_a_family_without_a_record_shows_its_tensors_and_the_way_out(tiny_folder
 def test_a_users_record_makes_an_unknown_family_known(tmp_path, tiny_folder):
     headers = read_headers(tiny_folder("llama"))
     path = tmp_path / "novel.yaml"
-    path.write_text((FAMILIES / "llama.yaml").read_text().replace("[llama]", "[novel]").replace("family: llama", "family: novel"))
+    path.write_text(
+        (FAMILIES / "llama.yaml").read_text().replace("[llama]", "[novel]").replace("family: llama", "family: novel")
+    )
     anatomy = resolve({**headers.config, "model_type": "novel"}, headers.shapes, read_record(path))
     assert anatomy.family == "novel" and anatomy.head_width == 12
     with pytest.raises(SteerError, match="describes novel"):

@@ -36,30 +36,50 @@ WRONG = [
     ("llama", changed("llama", before_mlp="input_layernorm"), "resid_mid == resid_pre"),
     ("gemma2", changed("gemma2", before_mlp="post_attention_layernorm"), "resid_mid == resid_pre"),
     ("gemma2", contributing("gemma2", attention_contribution={"kind": "identity"}), "resid_mid == resid_pre"),
-    ("gemma2", contributing("gemma2", mlp_contribution={"kind": "norm", "module": "pre_feedforward_layernorm"}), "mlp_out == pre_feed"),
+    (
+        "gemma2",
+        contributing("gemma2", mlp_contribution={"kind": "norm", "module": "pre_feedforward_layernorm"}),
+        "mlp_out == pre_feed",
+    ),
     ("olmo2", contributing("olmo2", mlp_contribution={"kind": "identity"}), "resid_post == resid_mid"),
     ("granite", contributing("granite", attention_contribution={"kind": "identity"}), "resid_mid == resid_pre"),
-    ("granite", contributing("granite", mlp_contribution={"kind": "scale", "key": "logits_scaling"}), "resid_post == resid_mid"),
+    (
+        "granite",
+        contributing("granite", mlp_contribution={"kind": "scale", "key": "logits_scaling"}),
+        "resid_post == resid_mid",
+    ),
     ("llama", changed("llama", attention_output="self_attn.q_proj"), "attn_out == attn_raw"),
     ("llama", changed("llama", mlp_output="mlp.gate_proj"), "mlp_out == mlp_raw"),
     ("llama", changed("llama", attention="mlp"), "attn_out"),
 ]
 
 
-@pytest.mark.parametrize(("family", "record", "words"), WRONG, ids=[f"{family}-{index}" for index, (family, _, _) in enumerate(WRONG)])
+@pytest.mark.parametrize(
+    ("family", "record", "words"), WRONG, ids=[f"{family}-{index}" for index, (family, _, _) in enumerate(WRONG)]
+)
 def test_a_wrong_record_is_refused_by_the_identity_that_breaks(tiny, family, record, words):
     options = {"intermediate_size": 48} if words.startswith("mlp_out == mlp_raw") else {}
     hf, tokenizer = tiny(family, **options)
     with pytest.raises(SteerError) as caught:
         steer.wrap(hf, tokenizer, anatomy=record)
     text = str(caught.value)
-    assert words in text and f"'{family}'" in text and "in layer" in text and "self_attn.o_proj (Linear)" in text and "anatomy=FILE" in text
+    assert (
+        words in text
+        and f"'{family}'" in text
+        and "in layer" in text
+        and "self_attn.o_proj (Linear)" in text
+        and "anatomy=FILE" in text
+    )
     steer.wrap(hf, tokenizer)
 
 
 def test_a_wrong_record_from_a_file_is_refused(tiny, tmp_path):
     path = tmp_path / "mine.yaml"
-    path.write_text((FAMILIES / "llama.yaml").read_text().replace("before_mlp: post_attention_layernorm", "before_mlp: input_layernorm"))
+    path.write_text(
+        (FAMILIES / "llama.yaml")
+        .read_text()
+        .replace("before_mlp: post_attention_layernorm", "before_mlp: input_layernorm")
+    )
     assert read_record(path).layer.before_mlp == "input_layernorm"
     with pytest.raises(SteerError, match="resid_mid == resid_pre"):
         steer.wrap(*tiny("llama"), anatomy=path)
@@ -75,7 +95,9 @@ def test_a_model_with_a_remainder_is_refused(tiny, site):
     hf, tokenizer = tiny("llama")
     layer = hf.model.layers[2]
     plain = layer.forward
-    layer.forward = lambda hidden_states, **options: plain(hidden_states, **options) + (0.1 * hidden_states if site == "extra writer" else 0.01)
+    layer.forward = lambda hidden_states, **options: (
+        plain(hidden_states, **options) + (0.1 * hidden_states if site == "extra writer" else 0.01)
+    )
     with pytest.raises(SteerError, match=r"resid_post == resid_mid \+ mlp_out is off by .* in layer 2"):
         steer.wrap(hf, tokenizer)
 
@@ -85,7 +107,9 @@ def test_layers_in_another_order_are_refused(tiny):
     hf.model.layers = torch.nn.ModuleList([hf.model.layers[index] for index in (0, 2, 1, 3)])
     steer.wrap(hf, tokenizer)  # The order of the list is the order of running.
     plain, seen = hf.model.layers[1].forward, []
-    hf.model.layers[1].forward = lambda hidden_states, **options: plain(seen.append(hidden_states) or hidden_states * 1.5, **options)
+    hf.model.layers[1].forward = lambda hidden_states, **options: plain(
+        seen.append(hidden_states) or hidden_states * 1.5, **options
+    )
     with pytest.raises(SteerError, match="resid_mid == resid_pre"):
         steer.wrap(hf, tokenizer)
 

@@ -32,13 +32,24 @@ def test_the_numbers_are_the_models(tiny_folder, capsys, family):
     assert {name: found[name] for name in model.anatomy.numbers()} == model.anatomy.numbers()
     assert found["attention_contribution"]["kind"] == model.anatomy.attention_contribution.kind
     assert found["sites"]["mlp_raw"] == len(model.anatomy.dense_mlp_layers) and found["sites"]["z"] == 4
-    assert found["self_check"]["layers"] == 4 and max(found["self_check"]["differences"].values()) <= found["self_check"]["tolerance"]
+    assert (
+        found["self_check"]["layers"] == 4
+        and max(found["self_check"]["differences"].values()) <= found["self_check"]["tolerance"]
+    )
 
 
 def test_it_reads_well(tiny_folder, capsys):
     assert run(["inspect", str(tiny_folder("granite"))]) == 0
     text = capsys.readouterr().out
-    for part in ("granite", "head_width 12", "times 0.22", "mlp_raw 4/4", "ProjectOut at head_out", "4/4 (later)", "shape_id"):
+    for part in (
+        "granite",
+        "head_width 12",
+        "times 0.22",
+        "mlp_raw 4/4",
+        "ProjectOut at head_out",
+        "4/4 (later)",
+        "shape_id",
+    ):
         assert part in text
     assert run(["inspect", str(tiny_folder("gemma2"))]) == 0
     assert "through the norm post_attention_layernorm" in capsys.readouterr().out
@@ -64,9 +75,15 @@ def test_an_unknown_family_and_the_users_record(tiny_folder, tmp_path, capsys):
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes())
     status, found = inspected(capsys, folder)
-    assert status == 2 and "model.layers.0.self_attn.o_proj.weight" in found["error"]["message"] and "anatomy=FILE" in found["error"]["remedy"]
+    assert (
+        status == 2
+        and "model.layers.0.self_attn.o_proj.weight" in found["error"]["message"]
+        and "anatomy=FILE" in found["error"]["remedy"]
+    )
     record = tmp_path / "novel.yaml"
-    record.write_text((FAMILIES / "llama.yaml").read_text().replace("family: llama", "family: novel").replace("[llama]", "[novel]"))
+    record.write_text(
+        (FAMILIES / "llama.yaml").read_text().replace("family: llama", "family: novel").replace("[llama]", "[novel]")
+    )
     status, found = inspected(capsys, folder, "--anatomy", record)
     assert status == 0 and found["family"] == "novel"
 
@@ -83,11 +100,20 @@ def test_400_tensors_take_no_torch(tiny_folder, tmp_path):
     config = json.loads((tiny_folder("llama", attention_bias=False, mlp_bias=False) / "config.json").read_text())
     layers, tensors = 44, {}
     for layer in range(layers):
-        for name, shape in {"self_attn.o_proj": (48, 48), "mlp.down_proj": (48, 64), "input_layernorm": (48,), "post_attention_layernorm": (48,)}.items():
+        for name, shape in {
+            "self_attn.o_proj": (48, 48),
+            "mlp.down_proj": (48, 64),
+            "input_layernorm": (48,),
+            "post_attention_layernorm": (48,),
+        }.items():
             tensors[f"model.layers.{layer}.{name}.weight"] = torch.zeros(shape)
         for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"):
             tensors[f"model.layers.{layer}.{name}.weight"] = torch.zeros(2, 48)
-    tensors |= {"model.embed_tokens.weight": torch.zeros(60, 48), "lm_head.weight": torch.zeros(60, 48), "model.norm.weight": torch.zeros(48)}
+    tensors |= {
+        "model.embed_tokens.weight": torch.zeros(60, 48),
+        "lm_head.weight": torch.zeros(60, 48),
+        "model.norm.weight": torch.zeros(48),
+    }
     assert len(tensors) >= 399
     save_file(tensors, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers}))
