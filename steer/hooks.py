@@ -37,6 +37,7 @@ from steer.sites import SITES
 from steer.sites import site as site_named
 
 if TYPE_CHECKING:
+    from steer.patches import Patch
     from steer.positions import Positions
     from steer.steering import Steering
 
@@ -78,6 +79,16 @@ class _Point:
         return self.program is not None or self.heads is not None or bool(self.readers)
 
 
+@contextmanager
+def listed(entries: list[tuple[Any, float]], entry: tuple[Any, float]) -> Iterator[None]:
+    """Keep `entry` in `entries` while the context is open, told apart by identity."""
+    entries.append(entry)
+    try:
+        yield
+    finally:
+        del entries[next(index for index, each in enumerate(entries) if each is entry)]
+
+
 class Taps:
     """Writes and reads of one model.
 
@@ -85,10 +96,16 @@ class Taps:
         model: the causal language model; only asked whether it is compiled.
         anatomy: of the model.
         places: its modules.
+
+    Attributes:
+        entered: (change, coefficient) of every steering and patch in force, in order of entry.
+        viewed: those entries of views that are in force; entered again, they do nothing more.
     """
 
     def __init__(self, model: nn.Module, anatomy: Anatomy, places: Places) -> None:
         self.model, self.anatomy, self.places = model, anatomy, places
+        self.entered: list[tuple[Any, float]] = []
+        self.viewed: list[tuple[Any, float]] = []
         self._contexts: list[_Context] = []
         self._positions: list[Positions] = []
         self._handles: list[RemovableHandle] = []
@@ -97,6 +114,12 @@ class Taps:
         self._residual: dict[int, Tensor] = {}
 
     # Contexts.
+
+    @contextmanager
+    def entering(self, change: Steering | Patch, coefficient: float) -> Iterator[None]:
+        """Note that a change is in force while the context is open, so that results can say under what they came about."""
+        with listed(self.entered, (change, coefficient)):
+            yield
 
     @contextmanager
     def write(self, steering: Steering, coefficient: float = 1.0) -> Iterator[Report]:
@@ -109,7 +132,9 @@ class Taps:
             for layer in intervention.active_layers:
                 self.check_place(intervention.site, layer)
                 counter = report.counter(layer, intervention.site, intervention.phase)
-                context.writes.setdefault((layer, intervention.site), []).append(Write(intervention, coefficient, counter))
+                context.writes.setdefault((layer, intervention.site), []).append(
+                    Write(intervention, coefficient, counter)
+                )
         if not context.writes:
             report.idle = f"every intervention is zero at coefficient {coefficient:g}"
         with self._open(context):
@@ -168,7 +193,11 @@ class Taps:
             SteerError: an unknown site or layer, or a site that cannot be read.
         """
         if not site_named(site).readable:
-            raise SteerError(f"{site} is never a tensor of its own, so it cannot be read", "", "Read z, or use head scores for what each head writes")
+            raise SteerError(
+                f"{site} is never a tensor of its own, so it cannot be read",
+                "",
+                "Read z, or use head scores for what each head writes",
+            )
         if layers is None:
             return self.anatomy.dense_mlp_layers if site == "mlp_raw" else tuple(range(self.anatomy.layers))
         for layer in layers:
@@ -199,7 +228,11 @@ class Taps:
 
     def _point(self, layer: int, site: str) -> _Point:
         writes = [write for context in self._contexts for write in context.writes.get((layer, site), ())]
-        readers = tuple(context.reader for context in self._contexts if context.reader is not None and (layer, site) in context.reads)
+        readers = tuple(
+            context.reader
+            for context in self._contexts
+            if context.reader is not None and (layer, site) in context.reads
+        )
         if site == "head_out":
             projection = self.places.layers[layer].attention_output
             heads = HeadProgram(layer, writes, projection, self.anatomy.head_width) if writes else None
@@ -216,23 +249,41 @@ class Taps:
             return self._through(layer, site, points[site])
 
         if points["resid_pre"] or keeps:
-            add(place.layer.register_forward_pre_hook(on_input(self._layer_input(layer, through("resid_pre"), keeps)), with_kwargs=True))
+            add(
+                place.layer.register_forward_pre_hook(
+                    on_input(self._layer_input(layer, through("resid_pre"), keeps)), with_kwargs=True
+                )
+            )
         if points["z"]:
-            add(place.attention_output.register_forward_pre_hook(on_input(self._per_head(through("z"))), with_kwargs=True))
+            add(
+                place.attention_output.register_forward_pre_hook(
+                    on_input(self._per_head(through("z"))), with_kwargs=True
+                )
+            )
         if points["head_out"] or points["attn_raw"]:
-            add(place.attention_output.register_forward_hook(self._raw_output(points["head_out"].heads, through("attn_raw"))))
+            add(
+                place.attention_output.register_forward_hook(
+                    self._raw_output(points["head_out"].heads, through("attn_raw"))
+                )
+            )
         if points["attn_out"] or mid is not None:
             multiplier = self.anatomy.attention_contribution.multiplier
             out = self._contribution(layer, "attn_out", points["attn_out"], multiplier, (layer, mid) if mid else None)
             add(place.attention_added.register_forward_hook(on_output(out)))
         if points["resid_mid"].readers:
             only_readers = _Point(None, None, points["resid_mid"].readers)
-            add(place.before_mlp.register_forward_pre_hook(on_input(self._through(layer, "resid_mid", only_readers)), with_kwargs=True))
+            add(
+                place.before_mlp.register_forward_pre_hook(
+                    on_input(self._through(layer, "resid_mid", only_readers)), with_kwargs=True
+                )
+            )
         if points["mlp_raw"]:
             assert place.mlp_output is not None, "check_place refuses mlp_raw in a layer with experts"
             add(place.mlp_output.register_forward_hook(on_output(through("mlp_raw"))))
         if points["mlp_out"]:
-            out = self._contribution(layer, "mlp_out", points["mlp_out"], self.anatomy.mlp_contribution.multiplier, None)
+            out = self._contribution(
+                layer, "mlp_out", points["mlp_out"], self.anatomy.mlp_contribution.multiplier, None
+            )
             add(place.mlp_added.register_forward_hook(on_output(out)))
         if points["resid_post"]:
             add(place.layer.register_forward_hook(on_output(through("resid_post"))))
@@ -249,7 +300,11 @@ class Taps:
         states: Tensor | None = None
         if self._positions:
             if ids is None:
-                raise SteerError("the model was given embeddings instead of token ids", "token ids, from which phases are told", "Pass input_ids")
+                raise SteerError(
+                    "the model was given embeddings instead of token ids",
+                    "token ids, from which phases are told",
+                    "Pass input_ids",
+                )
             self._positions[-1].observe(ids, mask)
             states = self._positions[-1].states
         elif any(phase != "all" for phase in self._totals):
@@ -291,7 +346,9 @@ class Taps:
 
         return layer_input
 
-    def _raw_output(self, heads: HeadProgram | None, through: Value) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
+    def _raw_output(
+        self, heads: HeadProgram | None, through: Value
+    ) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
         def raw_output(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
             if heads is not None:
                 output = (output + heads.added(args[0], self._tick).to(output.device)).to(output.dtype)
@@ -299,7 +356,9 @@ class Taps:
 
         return raw_output
 
-    def _contribution(self, layer: int, site: str, point: _Point, multiplier: float, mid: tuple[int, Program] | None) -> Value:
+    def _contribution(
+        self, layer: int, site: str, point: _Point, multiplier: float, mid: tuple[int, Program] | None
+    ) -> Value:
         program, readers = point.program, point.readers
 
         def contribution(value: Tensor) -> Tensor:
@@ -328,10 +387,14 @@ def _divided(added: Tensor, multiplier: float) -> Tensor:
     return added if multiplier == 1 else added / multiplier
 
 
-def on_input(value: Value) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]:
+def on_input(
+    value: Value,
+) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]:
     """A pre-hook that puts a module's first input, positional or `hidden_states`, through `value`."""
 
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def hook(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if args:
             return (value(args[0]), *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": value(kwargs["hidden_states"])}

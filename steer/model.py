@@ -22,7 +22,7 @@ from steer.anatomy.resolve import Anatomy, resolve
 from steer.anatomy.selfcheck import self_check as check_model
 from steer.capture import Capture
 from steer.errors import SteerError
-from steer.hooks import Reader, Taps, Wanted, refuse_compiled
+from steer.hooks import Reader, Taps, Wanted, listed, refuse_compiled
 from steer.identity import UNKNOWN, ModelIdentity, canonical, digest, shape_id, tokenizer_id
 from steer.interventions import check_coefficient
 from steer.patches import Patch
@@ -54,7 +54,14 @@ class SteerableModel:
     """
 
     def __init__(
-        self, hf: Any, tokenizer: Any, taps: Taps, identity: ModelIdentity, marks: Marks, path: Path | None = None, card: dict[str, Any] | None = None
+        self,
+        hf: Any,
+        tokenizer: Any,
+        taps: Taps,
+        identity: ModelIdentity,
+        marks: Marks,
+        path: Path | None = None,
+        card: dict[str, Any] | None = None,
     ) -> None:
         self.hf = hf
         self.tokenizer = tokenizer
@@ -64,7 +71,6 @@ class SteerableModel:
         self.path = path
         self.card = card
         self.changes: tuple[tuple[Change, float], ...] = ()
-        self._entered = 0
 
     def __repr__(self) -> str:
         numbers = self.anatomy
@@ -112,9 +118,17 @@ class SteerableModel:
         return dtype
 
     @property
+    def in_force(self) -> tuple[tuple[Change, float], ...]:
+        """(change, coefficient) under which this view runs now: of the open contexts, then its own not yet entered."""
+        return (*self.taps.entered, *self._waiting())
+
+    def _waiting(self) -> tuple[tuple[Change, float], ...]:
+        return tuple(entry for entry in self.changes if not any(entry is viewed for viewed in self.taps.viewed))
+
+    @property
     def change_ids(self) -> tuple[str, ...]:
-        """Fingerprint and coefficient of every change of this view; empty for a plain model."""
-        return tuple(digest([change.fingerprint.encode(), canonical(coefficient).encode()]) for change, coefficient in self.changes)
+        """One hash per change in force; "unknown" for a `Custom` function; empty for a plain model."""
+        return tuple(_change_id(change, coefficient) for change, coefficient in self.in_force)
 
     def out_projection(self, layer: int) -> nn.Module:
         """The attention output projection of one layer."""
@@ -157,11 +171,16 @@ class SteerableModel:
             SteerError: the steering does not fit this model, its phases need marks that the tokenizer lacks, the
                 coefficient has no meaning for it, or the model is compiled.
         """
+        with self.active(), self._steered(steering, coefficient) as report:
+            yield report
+
+    @contextmanager
+    def _steered(self, steering: Steering, coefficient: float) -> Iterator[Report]:
         steering.check(self.anatomy, self.identity)
         for intervention in steering.interventions:
             check_phase(intervention.phase, self.marks)
             check_coefficient(intervention, coefficient)
-        with self.taps.write(steering, coefficient) as report:
+        with self.taps.entering(steering, coefficient), self.taps.write(steering, coefficient) as report:
             yield report
 
     @contextmanager
@@ -181,9 +200,11 @@ class SteerableModel:
         with self.read(capture.take, wanted):
             yield capture
 
-    def read(self, callback: Reader, wanted: Wanted) -> AbstractContextManager[None]:
+    @contextmanager
+    def read(self, callback: Reader, wanted: Wanted) -> Iterator[None]:
         """Call `callback(site, layer, value, states)` in the pass, after all writes; see `steer.hooks.Reader`."""
-        return self.taps.read(callback, wanted)
+        with self.active(), self.taps.read(callback, wanted):
+            yield
 
     def at(self, positions: Positions) -> AbstractContextManager[None]:
         """Make phases known to the hooks: `positions` observes the tokens of every forward pass inside."""
@@ -204,7 +225,11 @@ class SteerableModel:
         added: list[tuple[Change, float]] = []
         for change in changes:
             if not isinstance(change, Steering | Patch):
-                raise SteerError(f"with_ was given a {type(change).__name__}", "a Steering or a Patch", "Wrap interventions: Steering((intervention,))")
+                raise SteerError(
+                    f"with_ was given a {type(change).__name__}",
+                    "a Steering or a Patch",
+                    "Wrap interventions: Steering((intervention,))",
+                )
             added.append((change, coefficient))
         view = SteerableModel(self.hf, self.tokenizer, self.taps, self.identity, self.marks, self.path, self.card)
         view.changes = (*self.changes, *added)
@@ -212,28 +237,28 @@ class SteerableModel:
 
     @contextmanager
     def active(self) -> Iterator[tuple[Report, ...]]:
-        """Enter this view's changes; entered again inside itself it does nothing more. Yields the steerings' reports."""
-        if self._entered:
-            yield ()
-            return
-        self._entered += 1
-        try:
-            with ExitStack() as stack:
-                reports = []
-                for change, coefficient in self.changes:
-                    if isinstance(change, Patch):
-                        stack.enter_context(change.on(self, coefficient))
-                    else:
-                        reports.append(stack.enter_context(self.steered(change, coefficient)))
-                yield tuple(reports)
-        finally:
-            self._entered -= 1
+        """Enter those of this view's changes that are not in force yet; yields the reports of the steerings."""
+        with ExitStack() as stack:
+            reports = []
+            for entry in self._waiting():
+                stack.enter_context(listed(self.taps.viewed, entry))
+                change, coefficient = entry
+                if isinstance(change, Patch):
+                    stack.enter_context(change.on(self, coefficient))
+                else:
+                    reports.append(stack.enter_context(self._steered(change, coefficient)))
+            yield tuple(reports)
 
     # Running.
 
     @torch.no_grad()
     def run(
-        self, sequences: Sequence[Sequence[int]], prompt_lengths: Sequence[int] | None = None, marks_from: Sequence[int] | None = None, *, head: bool = True
+        self,
+        sequences: Sequence[Sequence[int]],
+        prompt_lengths: Sequence[int] | None = None,
+        marks_from: Sequence[int] | None = None,
+        *,
+        head: bool = True,
     ) -> list[Float[Tensor, "token width"]]:
         """Run whole sequences through the model, padded on the right, under this view's changes.
 
@@ -259,7 +284,9 @@ class SteerableModel:
         with self.active(), ExitStack() as stack:
             if prompt_lengths is not None:
                 prompts_of = [sequence[:length] for sequence, length in zip(sequences, prompt_lengths, strict=True)]
-                starts = [self.marks.raw_text_start(prompt) for prompt in prompts_of] if marks_from is None else marks_from
+                starts = (
+                    [self.marks.raw_text_start(prompt) for prompt in prompts_of] if marks_from is None else marks_from
+                )
                 stack.enter_context(self.at(Positions(self.marks, list(prompt_lengths), list(starts), self.device)))
             model = self.hf if head else self.backbone
             output = model(input_ids=ids, attention_mask=mask, use_cache=False)
@@ -278,6 +305,12 @@ class SteerableModel:
         from steer.generation import generate
 
         return generate(self, prompts, **options)
+
+
+def _change_id(change: Change, coefficient: float) -> str:
+    if isinstance(change, Steering) and not change.has_fingerprint:
+        return UNKNOWN
+    return digest([change.fingerprint.encode(), canonical(coefficient).encode()])
 
 
 def wrap(

@@ -205,6 +205,20 @@ class Patch:
                 operations.append(ProjectColumns(layer, "attention_output", heads, each.direction[layer], each.weight))
         return cls(tuple(operations), steering.model, provenance={"parents": [steering.fingerprint]})
 
+    def _refuse_hooked(self, model: SteerableModel) -> None:
+        """A hook at head_out works on the weights as they are, so it cannot come before a patch of the same heads."""
+        for change, coefficient in model.taps.entered:
+            for each in getattr(change, "interventions", ()):
+                hooked = each.heads or () if isinstance(each, ProjectOut) and not each.is_zero(coefficient) else ()
+                for layer, head in hooked:
+                    operations = self.matrices.get(Matrix(layer, "attention_output"), ())
+                    if any(head in operation.heads for operation in operations):
+                        raise SteerError(
+                            f"head {head} of layer {layer} is edited by a hook that was entered before the patch",
+                            "the patch first, since the hook edits what the weights then are",
+                            "Enter the patch first: m.with_(patch, steering); or use two patches, or two steerings",
+                        )
+
     @contextmanager
     def on(self, model: SteerableModel, scale: float = 1.0) -> Iterator[dict[Matrix, Survival]]:
         """Patch a loaded model while the context is open; afterwards every byte is as before.
@@ -220,7 +234,8 @@ class Patch:
             How much of the wanted change survived the cast, for every matrix.
 
         Raises:
-            SteerError: another model's shape; a weight that is quantised or not in memory.
+            SteerError: another model's shape; a weight that is quantised or not in memory; a head that an open hook at
+                `head_out` edits already.
         """
         check_same(self.model, model.identity, "the patch")
         heads = model.anatomy.heads
@@ -230,7 +245,8 @@ class Patch:
             _check_parameter(matrix, parameter, heads)
             for operation in scaled[matrix]:
                 operation.check((parameter.shape[0], parameter.shape[1]), heads)
-        with ExitStack() as stack:
+        self._refuse_hooked(model)
+        with model.taps.entering(self, scale), ExitStack() as stack:
             yield {
                 matrix: stack.enter_context(_held(found[matrix], operations, heads))
                 for matrix, operations in scaled.items()

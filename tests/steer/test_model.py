@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import steer
-from steer import Add, Direction, Patch, ProjectOut, SteerError, Steering
+from steer import Add, Custom, Direction, Patch, ProjectOut, SteerError, Steering
 from steer.identity import UNKNOWN, tokenizer_id
 from steer.operations import ProjectColumns
 from tests.tiny import FAMILIES
@@ -149,7 +149,13 @@ def test_change_ids_tell_changes_apart(tiny):
     model = steer.wrap(*tiny("llama"))
     ids = [
         model.with_(*changes, coefficient=c).change_ids
-        for changes, c in (((), 1.0), ((steering(),), 1.0), ((steering(),), 0.5), ((steering(seed=1),), 1.0), ((patch(),), 1.0))
+        for changes, c in (
+            ((), 1.0),
+            ((steering(),), 1.0),
+            ((steering(),), 0.5),
+            ((steering(seed=1),), 1.0),
+            ((patch(),), 1.0),
+        )
     ]
     assert ids[0] == () and len(set(ids)) == len(ids)
     assert model.with_(steering(), patch()).change_ids == ids[1] + ids[4]
@@ -179,7 +185,9 @@ def test_what_does_not_fit_is_refused(tiny):
 def test_rendering_needs_a_tokenizer(tiny):
     hf, tokenizer = tiny("llama")
     rendered = steer.wrap(hf, tokenizer).render([{"role": "user", "content": "hello"}])
-    assert rendered.token_ids[rendered.generation_prompt_start :] == tuple(tokenizer("<|im_start|> assistant")["input_ids"])
+    assert rendered.token_ids[rendered.generation_prompt_start :] == tuple(
+        tokenizer("<|im_start|> assistant")["input_ids"]
+    )
     with pytest.raises(SteerError, match="no tokenizer"):
         steer.wrap(hf).render("hello")
 
@@ -196,3 +204,56 @@ def test_generate_is_steered_by_views_and_contexts(tiny):
     with model.steered(strong):
         inside = model.generate(["hello why", "think"], sampling=sampling)
     assert ids(inside) == ids(model.with_(strong).generate(["hello why", "think"], sampling=sampling)) != ids(plain)
+
+
+def test_a_view_of_a_view_enters_only_what_is_not_in_force_yet(tiny):
+    model = steer.wrap(*tiny("llama"))
+    view = model.with_(steering())
+    child = view.with_(steering(seed=3))
+    expected = child.run(SEQUENCES)
+    with view.active():
+        same(child.run(SEQUENCES), expected)
+        same(view.with_(steering(seed=3)).run(SEQUENCES), expected)
+        same(model.with_(steering()).run(SEQUENCES), view.with_(steering()).run(SEQUENCES))
+    with view.steered(steering(seed=3)):
+        same(model.run(SEQUENCES), expected)  # The view's own change first, then the context's.
+
+
+def test_what_a_view_captures_is_under_its_changes(tiny):
+    model = steer.wrap(*tiny("llama"))
+    view = model.with_(steering())
+    ids = torch.tensor([SEQUENCES[0]])
+    with view.capture({"resid_post": [3]}) as seen:
+        model.hf(ids)
+    with model.steered(steering()), model.capture({"resid_post": [3]}) as expected:
+        model.hf(ids)
+    with model.capture({"resid_post": [3]}) as plain:
+        model.hf(ids)
+    assert torch.equal(seen["resid_post"][3], expected["resid_post"][3])
+    assert not torch.equal(seen["resid_post"][3], plain["resid_post"][3])
+
+
+def test_results_say_under_which_open_contexts_they_came_about(tiny):
+    model = steer.wrap(*tiny("qwen3"))
+    sampling = steer.Sampling(temperature=0.0, max_new_tokens=2)
+    with model.steered(steering(), 0.5), patch().on(model):
+        inside = model.generate(["hello"], sampling=sampling).meta["changes"]
+    expected = list(model.with_(steering(), coefficient=0.5).with_(patch()).change_ids)
+    assert inside == expected and len(expected) == 2
+    assert model.generate(["hello"], sampling=sampling).meta["changes"] == [] == list(model.in_force)
+    custom = Steering((Custom(lambda h, layer: h * 0, "resid_post", (1,)),))
+    with model.steered(custom):
+        assert model.generate(["hello"], sampling=sampling).meta["changes"] == ["unknown"]
+
+
+def test_a_patch_cannot_come_after_a_hook_that_edits_the_same_head(tiny):
+    model = steer.wrap(*tiny("qwen3"))
+    hook = patch().steering()
+    with pytest.raises(SteerError, match="Enter the patch first"):
+        model.with_(hook, patch()).run(SEQUENCES)
+    with pytest.raises(SteerError, match="Enter the patch first"), model.steered(hook), patch().on(model):
+        pass
+    model.with_(patch(), hook).run(SEQUENCES)
+    with model.steered(hook, 0.0), patch().on(model):
+        pass
+    assert not model.taps.entered and not model.taps.viewed
