@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from steer.model import load as load
     from steer.model import wrap as wrap
     from steer.patches import Patch as Patch
+    from steer.prompts import RawText as RawText
     from steer.scores import HeadScores as HeadScores
     from steer.steering import Steering as Steering
     from steer.traces import Trace as Trace
@@ -41,6 +42,7 @@ export(
         "Patch": "steer.patches",
         "ProjectOut": "steer.interventions",
         "Prompt": "steer.generation",
+        "RawText": "steer.prompts",
         "Sampling": "steer.generation",
         "SetComponent": "steer.interventions",
         "SteerError": "steer.errors",

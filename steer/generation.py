@@ -24,7 +24,7 @@ from steer.errors import SteerError
 from steer.identity import tokenizer_id
 from steer.policy import Policy, check_decision, check_policy, forced_tokens
 from steer.positions import Positions
-from steer.prompts import Content, Prompt, Rendered, render
+from steer.prompts import Content, Prompt, RawText, Rendered, render
 from steer.sampling import Sampling, choose, end_tokens, uniforms
 from steer.shards import cut
 from steer.trace import Trace, make_trace
@@ -74,8 +74,12 @@ class _Counter:
             self.tell(Progress(self.done, self.total, self.tokens, time.monotonic() - self.start))
 
 
-def as_prompts(prompts: Sequence[Content | Prompt]) -> list[Prompt]:
+def as_prompts(prompts: Sequence[Content | Prompt], chat: bool = False) -> list[Prompt]:
     """Give every prompt an id: its own, or its number, so that the order stays.
+
+    Args:
+        prompts: texts, lists of chat messages, or `Prompt`s.
+        chat: whether a plain text is a user's message; `RawText` and the content of a `Prompt` stay as they are.
 
     Raises:
         SteerError: there are no prompts, one is neither text nor messages, or an id occurs twice.
@@ -85,15 +89,22 @@ def as_prompts(prompts: Sequence[Content | Prompt]) -> list[Prompt]:
     if isinstance(prompts, str):
         raise SteerError("a single text was given for a list of prompts", "a list", "Write [prompt]")
     named: list[Prompt] = []
+    width = max(5, len(str(len(prompts) - 1)))
     for number, given in enumerate(prompts):
-        item, content = (given.id, given.content) if isinstance(given, Prompt) else (f"{number:05d}", given)
-        chat = isinstance(content, list | tuple) and all(isinstance(message, Mapping) for message in content)
-        if not isinstance(content, str) and not (chat and content):
+        item = given.id if isinstance(given, Prompt) else f"{number:0{width}d}"
+        content = given.content if isinstance(given, Prompt) else _spoken(given, chat)
+        messages = isinstance(content, list | tuple) and all(isinstance(message, Mapping) for message in content)
+        if not isinstance(content, str) and not (messages and content):
             raise SteerError(
                 f"prompt {item} is {str(content)[:60]!r}", "text, or a list of messages with role and content"
             )
         named.append(given if isinstance(given, Prompt) else Prompt(item, content))
     return named
+
+
+def _spoken(content: Any, chat: bool) -> Any:
+    plain = chat and isinstance(content, str) and not isinstance(content, RawText)
+    return [{"role": "user", "content": content}] if plain else content
 
 
 def generate(
@@ -113,7 +124,8 @@ def generate(
 
     Args:
         model: a `SteerableModel`.
-        prompts: raw texts, lists of chat messages, or `Prompt`s with ids. Traces come in the order of the ids.
+        prompts: texts, lists of chat messages, or `Prompt`s with ids. Where the model has a chat template a text is a
+            user's message; a `RawText` is not. Traces come in the order of the ids.
         sampling: None takes what the model's generation config asks for (`Sampling.of`).
         samples: replies per prompt.
         policy: a think policy (see `steer.policy`).
@@ -131,8 +143,9 @@ def generate(
             "the model has no tokenizer", "one that encodes the prompts", "Give one to steer.wrap(hf_model, tokenizer)"
         )
     sampling = Sampling.of(model) if sampling is None else sampling
-    named = {prompt.id: prompt for prompt in as_prompts(prompts)}
-    shards = cut([prompt.id for prompt in as_prompts(prompts)])
+    asked = as_prompts(prompts, chat=model.tokenizer.chat_template is not None)
+    shards = cut([prompt.id for prompt in asked])
+    named = {prompt.id: prompt for prompt in asked}
     counter = _Counter(len(named) * samples, progress)
     traces: list[Trace] = []
     for shard in shards:

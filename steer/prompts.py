@@ -16,6 +16,15 @@ Content: TypeAlias = str | Messages
 SWITCHES = ("enable_thinking", "thinking")
 
 
+class RawText(str):
+    """A prompt that is given to the model as it is, without its chat template.
+
+    `generate` takes a plain text for a user's message where the model has a chat template; this says otherwise.
+    """
+
+    __slots__ = ()
+
+
 @dataclass(frozen=True)
 class Prompt:
     """Something to reply to.

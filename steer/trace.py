@@ -14,6 +14,7 @@ from steer.errors import SteerError
 from steer.identity import canonical
 from steer.marks import Marks
 from steer.phases import find_events
+from steer.prompts import RawText
 
 Span: TypeAlias = tuple[int, int]
 FinishReason: TypeAlias = Literal["stop", "length", "policy"]
@@ -66,6 +67,8 @@ class Trace:
     generation_prompt_start: int = 0
 
     def __post_init__(self) -> None:
+        if isinstance(self.prompt, str):  # So that replying to it again does not wrap it in the chat template.
+            object.__setattr__(self, "prompt", RawText(self.prompt))
         total = len(self.prompt_token_ids) + len(self.completion_token_ids)
         for name, span in (("thinking_span", self.thinking_span), ("answer_span", self.answer_span)):
             if span is not None and not 0 <= span[0] <= span[1] <= total:

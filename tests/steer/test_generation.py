@@ -13,9 +13,11 @@ import torch
 import steer
 from steer.generation import BATCH, as_prompts, generate, generate_shard
 from steer.policy import Decision
-from steer.prompts import Prompt
+from steer.prompts import Prompt, RawText
 from steer.sampling import Sampling
 from steer.shards import cut
+from steer.trace import trace_line
+from steer.tracefile import parse_line
 from steer.traces import Traces
 from tests.steer.made import refused
 from tests.tiny import FAMILIES, WORDS
@@ -194,7 +196,29 @@ def test_chat_and_the_thinking_switch(model):
     assert on.prompt == chat and on.item == "00000"
     assert off.thinking_span == (off.prompt_length - 2, off.prompt_length) and off.closed
     assert off.generation_prompt_start == off.prompt_length - 4 == on.generation_prompt_start
-    refused(lambda: generate(model, ["a"], thinking=False), "raw text")
+    refused(lambda: generate(model, [RawText("a")], thinking=False), "raw text")
+    refused(lambda: generate(model, [Prompt("x", "a")], thinking=False), "raw text")
+
+
+def test_a_text_is_what_a_user_says_where_there_is_a_template(model):
+    chat = [{"role": "user", "content": "a = 3"}]
+    spoken, messages, raw = (
+        generate(model, [given], sampling=GREEDY)[0] for given in ("a = 3", chat, RawText("a = 3"))
+    )
+    assert spoken == messages and spoken.prompt == chat
+    assert raw.prompt_token_ids == tuple(model.tokenizer("a = 3")["input_ids"]) != spoken.prompt_token_ids
+    again = parse_line(trace_line(raw)).prompt
+    assert generate(model, [again], sampling=GREEDY)[0].prompt_token_ids == raw.prompt_token_ids
+    template, model.tokenizer.chat_template = model.tokenizer.chat_template, None
+    try:
+        assert generate(model, ["a = 3"], sampling=GREEDY)[0].prompt == "a = 3"
+    finally:
+        model.tokenizer.chat_template = template
+
+
+def test_the_order_of_very_many_prompts_stays():
+    named = as_prompts([RawText("a")] * 100_002)
+    assert sorted(prompt.id for prompt in named) == [prompt.id for prompt in named]
 
 
 def test_streaming_and_progress(model):
