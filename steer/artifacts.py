@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from steer.errors import SteerError
@@ -145,7 +145,7 @@ def write(
         "tensors_id": tensors_id(plain),
     }
     with replacing(path, overwrite) as partial:
-        save_file(plain, partial, {"steer": canonical(block)})
+        partial.write_bytes(save(plain, {"steer": canonical(block)}))
 
 
 def read(path: str | Path, kind: str | None = None) -> Artifact:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -55,11 +56,17 @@ def run(given: list[str]) -> int:
     except OSError as error:
         if error.errno not in DISK + DISK_TOO:
             raise
-        where = f" ({error.filename})" if error.filename else ""
+        where = f" ({_as_given(str(error.filename))})" if error.filename else ""
         remedy = "Make room on the disk" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "Check the path and rights"
         return complain(f"{error.strerror or error}{where}", "", remedy, as_json)
     except KeyboardInterrupt:
         return 130
+
+
+def _as_given(path: str) -> str:
+    """A path without what we add to the name of a file or folder while it is written."""
+    folder, slash, name = path.rpartition("/")
+    return folder + slash + re.sub(r"^\.?(.+?)(\.\d+)?\.partial$", r"\1", name)
 
 
 def overview(group: str | None = None) -> str:

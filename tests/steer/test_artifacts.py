@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from steer import artifacts
 from steer.artifacts import FILLED, GIVEN, KINDS, kind_of, provenance, read, tensors_id, write
 from tests.steer.made import identity, refused
 
@@ -241,11 +240,19 @@ def test_kinds_of_files(saved: Path, tmp_path: Path) -> None:
 
 @pytest.mark.faults
 def test_an_interrupted_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def half(tensors: object, path: Path, metadata: object) -> None:
-        path.write_bytes(b"half")
+    whole = Path.write_bytes
+
+    def half(path: Path, data: bytes) -> int:
+        whole(path, data[: len(data) // 2])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(artifacts, "save_file", half)
+    monkeypatch.setattr(Path, "write_bytes", half)
     with pytest.raises(OSError, match="No space"):
         write(tmp_path / "a.safetensors", "sae", {"x": torch.zeros(2)}, {})
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.faults
+def test_a_place_that_cannot_be_written_is_the_systems_error() -> None:
+    with pytest.raises(OSError, match=r"No such file|not permitted|denied"):
+        write("/proc/a.safetensors", "sae", {"x": torch.zeros(2)}, {})

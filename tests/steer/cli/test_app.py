@@ -225,3 +225,17 @@ def test_help_and_a_wrong_verb_import_nothing_heavy():
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert run.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize(
+    ("written", "given"),
+    [
+        ("/runs/out.4711.partial", "/runs/out"),
+        ("/runs/.scores.safetensors.4711.partial", "/runs/scores.safetensors"),
+        ("/runs/out.partial", "/runs/out"),
+        ("plain.yaml", "plain.yaml"),
+        ("/runs/.hidden", "/runs/.hidden"),
+    ],
+)
+def test_a_disk_error_names_the_path_that_the_caller_gave(written, given):
+    assert app._as_given(written) == given
