@@ -25,9 +25,11 @@ from experiments.tasks.task import Item, Task
 from steer.errors import SteerError
 from steer.files import write_text
 from steer.generation import BATCH, Progress, Prompt, Sampling, generate_shard, run_meta
-from steer.identity import canonical
+from steer.identity import UNKNOWN, canonical
+from steer.patches import Patch
 from steer.policy import Policy, check_policy
 from steer.shards import Journal, Shard, cut
+from steer.steering import Steering
 from steer.trace import Trace, decode, token_span, trace_line
 from steer.tracefile import parse_line
 from steer.traces import LINES, RUN, Traces, run_text
@@ -99,7 +101,7 @@ def evaluate(
     """Ask a task's questions, grade the replies, and write a run folder.
 
     Args:
-        model: a model or a view of one; a view's changes act, and their fingerprints stand in `run.yaml`.
+        model: a model or a view of one; the changes in force, of the view and of open contexts, stand in `run.yaml`.
         task: such as "chain" or "gsm8k:test.jsonl" (see `experiments.tasks.named`), or a task of your own.
         out: the run folder.
         sampling: None takes what the model asks for.
@@ -119,6 +121,12 @@ def evaluate(
     job = _prepared(model, task, sampling, samples, seed, policy, thinking, limit, batch_size)
     folder, meta = Path(out), job.meta()
     refuse_folder(folder, resume)
+    if folder.exists() and any(change["fingerprint"] == UNKNOWN for change in meta["changes"]):
+        raise SteerError(
+            "a Custom function has no fingerprint, so nobody can say whether it is the one the run was begun with",
+            "changes with a fingerprint",
+            "Evaluate again into another folder",
+        )
     with _begun(folder, meta) as journal:
         if (folder / SUMMARY).is_file():
             return Run.load(folder)
@@ -248,10 +256,14 @@ def graded(trace: Trace, model: SteerableModel, task: Task) -> Trace:
 
 
 def changes_of(model: SteerableModel) -> list[dict[str, Any]]:
-    """The changes of a view, for `run.yaml`: kind, fingerprint and coefficient, in order."""
+    """The changes in force, for `run.yaml`: kind, fingerprint ("unknown" for a `Custom` function) and coefficient."""
+
+    def fingerprint(change: Steering | Patch) -> str:
+        return UNKNOWN if isinstance(change, Steering) and not change.has_fingerprint else change.fingerprint
+
     return [
-        {"kind": type(change).__name__.lower(), "fingerprint": change.fingerprint, "coefficient": coefficient}
-        for change, coefficient in model.changes
+        {"kind": type(change).__name__.lower(), "fingerprint": fingerprint(change), "coefficient": coefficient}
+        for change, coefficient in model.in_force
     ]
 
 

@@ -19,7 +19,7 @@ from experiments.tasks import named
 from experiments.think_policies import parse_policy
 from steer.directions import Direction
 from steer.errors import SteerError
-from steer.interventions import Add
+from steer.interventions import Add, Custom
 from steer.sampling import Sampling
 from steer.steering import Steering
 
@@ -163,6 +163,21 @@ def test_samples_policies_and_changes_stand_in_the_run(organism, tmp_path):
     assert run.traces.meta["policy"] == policy.name
     assert run.summary["avg_at_k"]["k"] == 2
     assert max(trace.thinking_tokens for trace in run.traces) <= 14
+
+
+def test_open_contexts_stand_in_the_run_and_unknown_functions_are_not_resumed(organism, tmp_path):
+    direction = Direction(organism.parameter("attention_output", 0).detach()[:1] * 0 + 1.0, (2,), "resid_mid")
+    steering = Steering((Add(direction, "attn_out"),), organism.identity, "push")
+    with organism.steered(steering, 0.25):
+        run = evaluate(organism, "chain", out=tmp_path / "steered", sampling=QUICK, limit=2)
+    assert run.traces.meta["changes"] == [
+        {"kind": "steering", "fingerprint": steering.fingerprint, "coefficient": 0.25}
+    ]
+    view = organism.with_(Steering((Custom(lambda h, layer: h * 0, "resid_post", (1,)),), organism.identity))
+    run = evaluate(view, "chain", out=tmp_path / "custom", sampling=QUICK, limit=2)
+    assert run.traces.meta["changes"][0]["fingerprint"] == "unknown"
+    with pytest.raises(SteerError, match="no fingerprint"):
+        evaluate(view, "chain", out=tmp_path / "custom", sampling=QUICK, limit=2, resume=True)
 
 
 def test_without_a_chat_template_the_question_is_raw_text(tiny, tmp_path):
