@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -30,6 +30,10 @@ from steer.model import SteerableModel, load, wrap
 from steer.patches import Patch
 from steer.prompts import Content
 from steer.steering import Steering
+from steer.tables import table
+
+if TYPE_CHECKING:
+    import pandas
 
 LARGEST_COPY = 500_000_000
 FACTOR = 3.0
@@ -102,6 +106,18 @@ class Agreement:
         if self.cast is not None:
             rows.append(("effect of the cast", f"{self.cast:.3g}"))
         return [*rows, ("verdict", "agree" if self.passed else "DISAGREE")]
+
+    def frame(self) -> pandas.DataFrame:
+        """Return one row per measure: first, second, measure, value; `differing` is a count, None was not measured.
+
+        Raises:
+            SteerError: pandas is not installed.
+        """
+        values = asdict(self) | {"differing": len(self.differing)}
+        sides = {name: values.pop(name) for name in ("first", "second")}
+        return table(
+            [sides | {"measure": name, "value": value} for name, value in values.items()], [*sides, "measure", "value"]
+        )
 
     def __str__(self) -> str:
         width = max(len(label) for label, _ in self.rows())

@@ -12,7 +12,7 @@ A part is refused either because the form cannot express it (`expressible` is fa
 from __future__ import annotations
 
 import html
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -27,9 +27,12 @@ from steer.identity import check_same
 from steer.interventions import Intervention, ProjectOut
 from steer.patches import Patch
 from steer.steering import Steering
+from steer.tables import table
 from steer.targets import Target, target_of
 
 if TYPE_CHECKING:
+    import pandas
+
     from steer.model import SteerableModel
 
 ROUNDING = 1e-6
@@ -107,6 +110,15 @@ class Coverage:
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain data."""
         return {"form": self.form, "ok": self.ok, "rows": [asdict(row) for row in self.rows]}
+
+    def frame(self) -> pandas.DataFrame:
+        """Return one row per part: the form, then every field of the row.
+
+        Raises:
+            SteerError: pandas is not installed.
+        """
+        rows = [{"form": self.form} | asdict(row) for row in self.rows]
+        return table(rows, ["form", *(field.name for field in fields(Row))])
 
     def __str__(self) -> str:
         good = sum(row.refused is None for row in self.rows)

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,8 +21,14 @@ from torch import Tensor
 
 from steer import artifacts
 from steer.errors import SteerError
+from steer.figures import Halves, direction_figure
 from steer.identity import ModelIdentity, canonical, digest, mix
 from steer.sites import site as site_named
+from steer.tables import table
+
+if TYPE_CHECKING:
+    import pandas
+    from matplotlib.figure import Figure
 
 
 def unit_vector(vector: Float[Tensor, "*heads width"]) -> Float[Tensor, "*heads width"]:
@@ -114,6 +120,36 @@ class Direction:
         """Euclidean norm of every layer's raw vector, over all heads at `z`."""
         flat = torch.linalg.vector_norm(self.vectors.double().flatten(1), dim=1)
         return dict(zip(self.layers, flat.tolist(), strict=True))
+
+    @property
+    def halves(self) -> dict[int, Halves]:
+        """Split-half cosine of the layers for which the provenance tells it; none for sums and random controls.
+
+        It tells how well two halves of the questions agreed when the direction was measured; multiples and cuts keep it.
+        """
+        told = (self.provenance.get("options") or {}).get("split_half")
+        names = ("layers", "mean", "lower", "upper")
+        if not isinstance(told, Mapping) or not set(names) <= set(told) or self.provenance.get("parents"):
+            return {}
+        rows = zip(*(told[name] for name in names), strict=True)
+        return {layer: Halves(*values) for layer, *values in rows if layer in self.layers}
+
+    def frame(self) -> pandas.DataFrame:
+        """Return one row per layer: layer, norm and, where it is known, split_half_cosine.
+
+        Raises:
+            SteerError: pandas is not installed.
+        """
+        halves = self.halves
+        rows = [
+            {"layer": layer, "norm": norm} | ({"split_half_cosine": halves[layer].mean} if layer in halves else {})
+            for layer, norm in self.norms.items()
+        ]
+        return table(rows, ["layer", "norm", *(["split_half_cosine"] if halves else [])])
+
+    def plot(self) -> Figure:
+        """Draw the norm per layer and, where it is known, the split-half cosine with its interval."""
+        return direction_figure(self.norms, self.halves, f"Direction at {self.site}")
 
     def only(self, layers: Iterable[int]) -> Direction:
         """Return the direction at some of its layers, in increasing order.

@@ -16,16 +16,19 @@ from typing import TYPE_CHECKING, Any, overload
 import yaml
 
 from steer.errors import SteerError
+from steer.figures import lengths_figure
 from steer.files import replacing, write_text
 from steer.identity import check_tokenizer, known_keys, tokenizer_id
 from steer.marks import Marks
 from steer.prompts import render
 from steer.spans import check_span, span_positions
+from steer.tables import table
 from steer.trace import FinishReason, Span, Trace, make_trace, token_span, trace_line
 from steer.tracefile import ZST, parse_line, read_traces, zstandard
 
 if TYPE_CHECKING:
     import pandas
+    from matplotlib.figure import Figure
 
 __all__ = [
     "FinishReason",
@@ -112,11 +115,28 @@ class Traces(Sequence[Trace]):
         return [span_positions(name, trace, self.marks, tokenizer or self.tokenizer) for trace in self]
 
     def frame(self) -> pandas.DataFrame:
-        """One row per trace: every field, and `thought_length`."""
-        import pandas
+        """One row per trace: every field, and `thought_length`.
 
+        Raises:
+            SteerError: pandas is not installed.
+        """
         rows = [{**asdict(trace), "thought_length": trace.thought_length} for trace in self]
-        return pandas.DataFrame(rows, columns=[*Trace.__dataclass_fields__, "thought_length"])
+        return table(rows, [*Trace.__dataclass_fields__, "thought_length"])
+
+    def plot(self) -> Figure:
+        """Draw a histogram of `thought_length`; the title counts the traces and the thoughts that never close.
+
+        A trace without a thought counts with the length of its reply up to the answer, and has a colour of its own.
+
+        Raises:
+            SteerError: there is no trace.
+        """
+        parts: dict[str, list[int]] = {"closed": [], "not closed": [], "without a thought": []}
+        for trace in self.require_some():
+            kind = "without a thought" if trace.closed is None else "closed" if trace.closed else "not closed"
+            parts[kind].append(trace.thought_length)
+        counts = [f"{kind}: {len(parts[kind])}" for kind in ("not closed", "without a thought")]
+        return lengths_figure(parts, ", ".join([f"traces: {len(self)}", *counts]))
 
     def require_some(self, what: str = "the run") -> Traces:
         """These traces, unless there are none.

@@ -212,3 +212,17 @@ def test_an_agreement_shows_itself_and_is_json(pair: tuple[steer.SteerableModel,
     assert json.loads(json.dumps(found.to_dict()))["passed"] is True
     for text in (str(found), found._repr_html_()):
         assert "agree" in text and "floor" in text and "equal" in text
+
+
+def test_an_agreement_is_a_table_with_a_row_per_measure(pair: tuple[steer.SteerableModel, Path]) -> None:
+    found: Any = edits.verify(pair[0].with_(patch()), pair[1])
+    frame = found.frame()
+    assert list(frame.columns) == ["first", "second", "measure", "value"]
+    assert set(frame["second"]) == {found.second}
+    values = dict(zip(frame["measure"], frame["value"], strict=True))
+    assert values == {name: value for name, value in found.to_dict().items() if name not in ("first", "second")} | {
+        "differing": 0
+    }
+    wrong: Any = edits.verify(pair[0], pair[1], weights_only=True)
+    values = dict(zip(wrong.frame()["measure"], wrong.frame()["value"], strict=True))
+    assert (values["passed"], values["differing"], values["kl"]) == (False, len(wrong.differing), None)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, get_args
@@ -316,3 +316,13 @@ def test_the_outline_that_inspect_prints_says_the_same(family: str) -> None:
         else:
             assert (reached, rows[0].total) == (reach.layers, reach.total), reach
         assert (sum(row.done for row in rows) > 0) == (reach.here and reach.layers > 0), reach
+
+
+def test_its_table_has_a_row_per_part() -> None:
+    found = cover(Steering((Add(v(), "attn_out"), heads((1, 2)))), "gemma2", "patch")
+    frame = found.frame()
+    known = frame.astype(object).where(frame.notna(), None).to_dict("records")
+    assert known == [{"form": "patch"} | asdict(row) for row in found.rows]
+    assert list(frame["refused"].isna()) == [False, True]
+    assert list(frame["done"]) == [0, 1]
+    assert list(Coverage("hook", ()).frame().columns) == list(frame.columns)

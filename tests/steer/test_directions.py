@@ -317,3 +317,42 @@ def test_it_shows_itself() -> None:
     assert repr(d) == "Direction(site='resid_mid', layers=1-2, 5, width=12, model='tiny')"
     assert repr(direction(site="z")).endswith("width=3x5)")
     assert d._repr_html_().count("<tr>") == 4
+
+
+def measured(layers: tuple[int, ...] = (1, 2, 5)) -> Direction:
+    """A direction whose provenance tells the split-half cosine of `layers`."""
+    told = {"splits": 4, "layers": list(layers), "mean": [0.9, 0.5, 0.1][: len(layers)]}
+    told |= {"lower": [0.8, 0.4, -0.2][: len(layers)], "upper": [1.0, 0.6, 0.3][: len(layers)]}
+    return direction(provenance=artifacts.provenance(options={"span": "thinking", "split_half": told}))
+
+
+def test_its_table_has_norms_and_the_split_half_cosine_where_it_is_known() -> None:
+    d = measured()
+    frame = d.frame()
+    assert list(frame.columns) == ["layer", "norm", "split_half_cosine"]
+    assert list(frame["layer"]) == [1, 2, 5]
+    np.testing.assert_allclose(frame["norm"], np.linalg.norm(array(d), axis=1))
+    assert list(frame["split_half_cosine"]) == [0.9, 0.5, 0.1]
+    assert list(measured((1, 2)).frame()["split_half_cosine"].isna()) == [False, False, True]
+    assert list(direction(site="z").frame().columns) == ["layer", "norm"]
+
+
+def test_multiples_and_cuts_keep_the_split_half_cosine_and_other_directions_do_not(tmp_path: Path) -> None:
+    d = measured()
+    again = Direction.load((d * -2.0).save(tmp_path / "d.safetensors"))
+    assert again.halves == d.halves == {1: (0.9, 0.8, 1.0), 2: (0.5, 0.4, 0.6), 5: (0.1, -0.2, 0.3)}
+    assert d.only([5]).halves == {5: (0.1, -0.2, 0.3)}
+    for other in (d.random_like(0), d + d, direction()):
+        assert other.halves == {}
+    broken: list[object] = [None, [], {"layers": [1]}]
+    for told in broken:
+        assert replace(d, provenance={"options": {"split_half": told}}).halves == {}
+
+
+def test_it_draws_its_norms_and_the_cosine_where_it_is_known() -> None:
+    d = measured()
+    norms, cosines = d.plot().axes
+    assert [bar.get_height() for bar in norms.patches] == pytest.approx(list(d.norms.values()))  # type: ignore[attr-defined]
+    assert np.asarray(cosines.lines[0].get_ydata()).tolist() == [0.9, 0.5, 0.1]
+    assert norms.get_title() == "Direction at resid_mid"
+    assert len(d.random_like(0).plot().axes) == 1

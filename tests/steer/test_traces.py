@@ -184,3 +184,14 @@ def test_run_yaml_is_plain_and_sorted(run, tmp_path):
     assert yaml.safe_load(text) == run.meta
     keys = [line.split(":")[0] for line in text.splitlines() if line[0] not in " -"]
     assert keys == sorted(keys)
+
+
+def test_a_histogram_of_the_lengths_says_what_did_not_close(run):
+    (axes,) = run.plot().axes
+    assert axes.get_title() == "traces: 3, not closed: 1, without a thought: 1"
+    assert sum(bar.get_height() for part in axes.containers for bar in part) == 3
+    lengths = [trace.thought_length for trace in run]
+    assert axes.get_xlim()[0] <= min(lengths) and axes.get_xlim()[1] >= max(lengths)
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["closed", "not closed", "without a thought"]
+    assert run[:1].plot().axes[0].get_title() == "traces: 1, not closed: 0, without a thought: 0"
+    refused(lambda: Traces([]).plot(), "no traces")
