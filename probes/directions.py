@@ -158,7 +158,7 @@ def chosen_rows(summary: Summary, name: str, rule: LengthRule) -> Choice:
     """Return the short and long rows of a summary under a rule; errors as `length_direction`."""
     present = summary.present(name)
     if summary.keep == "trace":
-        return choose(summary.rows, present, rule)
+        return choose(summary.rows, present, rule, summary.meta["traces"].get("dropped"))
     places = {row.id: index for index, row in enumerate(summary.rows)}
     if not {"short", "long"} <= set(places) or rule.by_group:
         raise SteerError(

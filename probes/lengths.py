@@ -12,24 +12,30 @@ Within groups (`by_group`), percentiles are taken per group; token thresholds st
 of thought says nothing about the difference and is left out and counted.
 
 Left out everywhere and counted: thoughts that never close (unless asked for), and traces without a position in the span.
-Without thinking marks a reply that the token limit cut counts as unclosed.
+Without thinking marks a reply that the token limit cut counts as unclosed. The error for too few traces counts all of
+this, with the traces that hold no thought at all, and names the likely cause where these are most.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
+from probes.collect.plan import NO_SPAN
 from probes.collect.rows import Row
 from steer.errors import SteerError
 from steer.identity import known_keys
 
 BELOW, ABOVE = 100, 1000
 SUGGESTED = (20.0, 80.0)
+WITHOUT_THOUGHTS = (
+    "Most have no thought. Were the prompts raw text for a chat model? Then give them as messages, for its template to "
+    "open the thought. Or the model has no thinking marks: then collect and use --span before_answer"
+)
 Lengths = np.ndarray[Any, np.dtype[np.float64]]
 Mask = np.ndarray[Any, np.dtype[np.bool_]]
 
@@ -130,17 +136,20 @@ class Choice:
         }
 
 
-def choose(rows: Sequence[Row], present: Sequence[bool], rule: LengthRule) -> Choice:
+def choose(
+    rows: Sequence[Row], present: Sequence[bool], rule: LengthRule, dropped: Mapping[str, int] | None = None
+) -> Choice:
     """Choose short and long rows.
 
     Args:
         rows: traces.
         present: for each row, whether it has the span that is to be averaged.
         rule: how to tell them apart.
+        dropped: reason -> how many traces were left out on collecting; only told in the error.
 
     Raises:
-        SteerError: no short or no long trace (or none within one group); says how many of each there are and which
-            percentiles would find some.
+        SteerError: no short or no long trace (or none within one group); says how many of each there are, what was
+            left out and why, how many have no thought, and which percentiles would find some.
     """
     counts: Counter[str] = Counter(
         dict.fromkeys(("short", "long", "between", "unclosed", "without_span", "without_group", "one_kind_groups"), 0)
@@ -167,7 +176,11 @@ def choose(rows: Sequence[Row], present: Sequence[bool], rule: LengthRule) -> Ch
         else:
             counts["one_kind_groups"] += 1
     if not strata:
-        raise _nothing(rows, usable, rule, found, counts)
+        left_out = _told(rows, counts, dropped or {})
+        remedy = _remedy([rows[index].length for index in usable], rule)
+        if _mostly_without_thoughts(rows, present, dropped or {}):
+            remedy = f"{WITHOUT_THOUGHTS}. {remedy}"
+        raise _nothing(len(rows), rule, found, left_out, remedy)
     return Choice(tuple(strata), rule, dict(counts), edges)
 
 
@@ -210,30 +223,45 @@ def _end(lengths: Lengths, share: float) -> float:
     return float(values[np.argmin(np.abs(shares - share))])
 
 
-def _nothing(
-    rows: Sequence[Row], usable: Sequence[int], rule: LengthRule, found: Counter[str], counts: Counter[str]
-) -> SteerError:
-    left_out = ", ".join(
-        f"{counts[name]} {name.replace('_', ' ')}"
-        for name in ("unclosed", "without_span", "without_group")
-        if counts[name]
-    )
+def _told(rows: Sequence[Row], counts: Counter[str], dropped: Mapping[str, int]) -> str:
+    """Say what was left out and why, and how many traces have no thought or one without an end."""
+    names = {"unclosed": "unclosed", "without_span": "without the span", "without_group": "without a group"}
+    known = {
+        "left out": [f"{counts[name]} {words}" for name, words in names.items() if counts[name]],
+        "left out on collecting": [f"{count} {reason}" for reason, count in dropped.items() if count],
+        "without a thought": _some(sum(row.thinking_tokens is None for row in rows)),
+        "with a thought that never closes": _some(sum(row.closed is False for row in rows)),
+    }
+    return "".join(f"; {label}: {', '.join(parts)}" for label, parts in known.items() if parts)
+
+
+def _some(count: int) -> list[str]:
+    return [str(count)] if count else []
+
+
+def _mostly_without_thoughts(rows: Sequence[Row], present: Sequence[bool], dropped: Mapping[str, int]) -> bool:
+    """Whether most traces have neither a thought nor the span; a reply read up to its answer has the span."""
+    lacking = sum(row.thinking_tokens is None and not has for row, has in zip(rows, present, strict=True))
+    return 2 * (lacking + dropped.get(NO_SPAN, 0)) > len(rows) + sum(dropped.values())
+
+
+def _remedy(found: Sequence[int | None], rule: LengthRule) -> str:
+    lengths = np.array(found, dtype=np.float64)
+    if not len(lengths):
+        return "Choose a span that the traces have, or include unclosed thoughts with --include-unclosed"
+    if lengths.min() == lengths.max():
+        return "Collect more traces, or ones whose thoughts differ in length"
+    low, high, _, _ = _split(lengths, LengthRule(percentiles=SUGGESTED))
+    remedy = f"Thoughts here have {lengths.min():.0f} to {lengths.max():.0f} tokens: use --percentiles 20 80, which would be at most {low:.0f} and at least {high:.0f} tokens, or set --below and --above"
+    return remedy + (", or leave --by-group out" if rule.by_group else "")
+
+
+def _nothing(traces: int, rule: LengthRule, found: Counter[str], left_out: str, remedy: str) -> SteerError:
     what = (
         f"percentiles {rule.percentiles[0]:g} and {rule.percentiles[1]:g}"
         if rule.percentiles
         else f"below {rule.below}, above {rule.above} tokens"
     )
     where = " within one group" if rule.by_group else ""
-    text = f"of {len(rows)} traces {found['short']} are short and {found['long']} long ({what}{'; left out: ' + left_out if left_out else ''})"
-    lengths = np.array([rows[index].length for index in usable], dtype=np.float64)
-    if len(lengths) and lengths.min() < lengths.max():
-        low, high, _, _ = _split(lengths, LengthRule(percentiles=SUGGESTED))
-        remedy = f"Thoughts here have {lengths.min():.0f} to {lengths.max():.0f} tokens: use --percentiles 20 80, which would be at most {low:.0f} and at least {high:.0f} tokens, or set --below and --above"
-        remedy += ", or leave --by-group out" if rule.by_group else ""
-    else:
-        remedy = (
-            "Collect more traces, or ones whose thoughts differ in length"
-            if len(lengths)
-            else "Choose a span that the traces have, or include unclosed thoughts with --include-unclosed"
-        )
+    text = f"of {traces} traces {found['short']} are short and {found['long']} long ({what}{left_out})"
     return SteerError(text, f"at least one short and one long trace{where}", remedy)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from probes.collect.plan import NO_SPAN
 from probes.collect.rows import Row
+from probes.collect.run import collect
+from probes.directions import length_direction
 from probes.lengths import Choice, LengthRule, choose
 from steer.errors import SteerError
 from tests.probes import made
@@ -128,6 +133,58 @@ def test_the_error_names_what_was_left_out() -> None:
     with pytest.raises(SteerError, match="2 unclosed") as error:
         chosen(rows(5, 2000, closed=False), LengthRule())
     assert "--include-unclosed" in error.value.remedy
+
+
+def unthinking(index: int, length: int = 40, **told: object) -> Row:
+    """A reply without a thought, whose length is that of the whole reply."""
+    return made.row(index, length, **{"thinking_tokens": None, "closed": None, "finish_reason": "stop", **told})
+
+
+def error_of(given: list[Row], present: list[bool], **options: object) -> SteerError:
+    with pytest.raises(SteerError) as error:
+        choose(given, present, LengthRule(), **options)  # type: ignore[arg-type]
+    return error.value
+
+
+def test_the_error_counts_replies_without_a_thought_and_names_the_cause_where_they_are_most() -> None:
+    few = [*rows(200, 300, 400), made.row(3, 500, closed=False), unthinking(4), unthinking(5, finish_reason="length")]
+    error = error_of(few, [True] * 4 + [False] * 2)
+    assert "Of 6 traces 0 are short and 0 long" in str(error)
+    assert "left out: 2 unclosed, 1 without the span; " in str(error), "a reply cut before it could think never closed"
+    assert "without a thought: 2; with a thought that never closes: 1)" in str(error)
+    assert "raw text" not in error.remedy
+    most = [*rows(200, 300), *(unthinking(index) for index in range(2, 5))]
+    error = error_of(most, [True] * 2 + [False] * 3)
+    assert "without a thought: 3" in str(error)
+    assert "never closes" not in str(error)
+    for words in ("raw text", "messages", "no thinking marks", "before_answer", "--percentiles 20 80"):
+        assert words in error.remedy
+
+
+def test_replies_read_up_to_their_answer_need_no_thought() -> None:
+    error = error_of([unthinking(0, 200), unthinking(1, 300)], [True, True])
+    assert "without a thought: 2" in str(error)
+    assert "raw text" not in error.remedy
+    assert "--percentiles" in error.remedy
+
+
+def test_the_error_counts_what_collecting_left_out() -> None:
+    error = error_of(rows(200, 300), [True] * 2, dropped={NO_SPAN: 3, "without tokens": 1})
+    assert f"left out on collecting: 3 {NO_SPAN}, 1 without tokens" in str(error)
+    assert error.remedy.startswith("Thoughts here"), "three of six are not most"
+    assert "raw text" in error_of(rows(200, 300), [True] * 2, dropped={NO_SPAN: 3}).remedy
+    assert "collecting" not in str(error_of(rows(200, 300), [True] * 2, dropped={}))
+
+
+def test_a_summary_tells_what_collecting_left_out() -> None:
+    """Through the whole way: traces without a thought are dropped by the pass, and the direction's error knows them."""
+    plain = [replace(trace, thinking_span=None, thinking_tokens=None, closed=None) for trace in made.traces(9)]
+    unmarked = [replace(trace, id=f"p{trace.id}", answer_tokens=None) for trace in plain]
+    some = [trace for trace in made.traces(4) if trace.closed]
+    summary = collect(made.model(), [*some, *unmarked], spans=("thinking",))
+    with pytest.raises(SteerError, match=f"{len(unmarked)} {NO_SPAN}") as error:
+        length_direction(summary, span="thinking", below=1, above=1000)
+    assert "before_answer" in error.value.remedy
 
 
 @pytest.mark.parametrize(
