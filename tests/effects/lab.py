@@ -10,11 +10,14 @@ same questions are asked before and after a change. Intervals are paired bootstr
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 import probes
 import steer
@@ -26,9 +29,12 @@ from experiments.summary import Replies
 from steer import Add, Direction, HeadScores, Patch, Sampling, SteerableModel, Steering
 
 QUESTIONS, FIT_QUESTIONS, SAMPLES, FIT_SAMPLES = 120, 400, 5, 2
-SPANS = ("predicts_thinking", "marker:;")
+SLUGS = {"predicts_thinking": "predicts_thinking", "marker:;": "marker"}
+SPANS = tuple(SLUGS)
 RANDOM_DIRECTIONS = (11, 12, 13)
 RANDOM_HEADS = (21, 22, 23)
+RANDOM_EDIT_DIRECTIONS = (21, 22)
+RUN_NAME = re.compile(r"[a-z0-9][a-z0-9_.+-]*")
 PERCENTILES = (20.0, 80.0)
 CHANCE = 0.1
 
@@ -44,10 +50,19 @@ class Lab:
     """Runs and probes of the organism, each made once.
 
     Attributes:
-        folder: for run folders.
+        folder: for run folders; absolute, and no checkout.
+        runs: by name, those that were made.
+
+    Raises:
+        ValueError: the folder is relative to wherever the tests were started, or a checkout of this repository.
     """
 
     folder: Path
+    runs: dict[str, Run] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.folder.is_absolute() or (self.folder / "pyproject.toml").exists():
+            raise ValueError(f"runs of the effects lane belong in a temporary folder, not in {self.folder}")
 
     @cached_property
     def model(self) -> SteerableModel:
@@ -63,14 +78,26 @@ class Lab:
     def ask(
         self, name: str, model: SteerableModel, task: str = "chain", questions: int = QUESTIONS, samples: int = SAMPLES
     ) -> Run:
-        """Evaluate once under a name; asked again, read what lies there."""
-        out = self.folder / name
-        if out.exists():
-            return Run.load(out)
-        sampling = Sampling(temperature=self.card["temperature"], max_new_tokens=self.card["max_new_tokens"])
-        return evaluate(
-            model, task, out=out, limit=questions, samples=samples, sampling=sampling, seed=0, batch_size=256
-        )
+        """Evaluate once under a name; asked again, return the same run.
+
+        Raises:
+            ValueError: a name that is no plain file name.
+        """
+        if RUN_NAME.fullmatch(name) is None:
+            raise ValueError(f"{name!r} names a run; use small letters, digits and _ . + - alone")
+        if name not in self.runs:
+            sampling = Sampling(temperature=self.card["temperature"], max_new_tokens=self.card["max_new_tokens"])
+            self.runs[name] = evaluate(
+                model,
+                task,
+                out=self.folder / name,
+                limit=questions,
+                samples=samples,
+                sampling=sampling,
+                seed=0,
+                batch_size=256,
+            )
+        return self.runs[name]
 
     @cached_property
     def summary(self) -> probes.Summary:
@@ -104,8 +131,9 @@ class Lab:
         told = asked(self.card, "steering", span)
         direction = self.direction(span).only(told["layers"])
         direction = direction if seed is None else direction.random_like(seed)
+        kind = "" if seed is None else f"-random-{seed}"
         steering = Steering((Add(direction, told["site"], coefficient),), self.model.identity, "length")
-        return self.ask(f"steered {span} {coefficient} {seed}", self.model.with_(steering)).replies
+        return self.ask(f"steered-{SLUGS[span]}-{coefficient:+g}{kind}", self.model.with_(steering)).replies
 
     def slope(self, span: str, coefficients: Sequence[float], seed: int | None = None) -> Interval:
         """Tokens of thought per unit of coefficient."""
@@ -130,7 +158,7 @@ class Lab:
         if kind == "random direction":
             direction = direction.random_like(seed)
         patch: Patch = thinkedit(direction, heads, model=self.model)
-        return self.ask(f"{kind} {span} {seed}", self.model.with_(patch)).replies
+        return self.ask(f"{kind.replace(' ', '-')}-{SLUGS[span]}-{seed}", self.model.with_(patch)).replies
 
 
 def change(before: Statistic, after: Statistic) -> Interval:
@@ -140,4 +168,4 @@ def change(before: Statistic, after: Statistic) -> Interval:
 
 def average(statistics: Sequence[Statistic]) -> Statistic:
     """The mean of several statistics of the same questions, such as several draws of a control."""
-    return lambda drawn: sum(statistic(drawn) for statistic in statistics) / len(statistics)
+    return lambda drawn: np.mean([statistic(drawn) for statistic in statistics], axis=0)

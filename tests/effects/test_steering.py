@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from experiments.intervals import bootstrap
-from tests.effects.lab import CHANCE, QUESTIONS, RANDOM_DIRECTIONS, SPANS, Lab
+from experiments.summary import Replies
+from tests.effects.lab import CHANCE, QUESTIONS, RANDOM_DIRECTIONS, SPANS, Lab, change
 
 pytestmark = pytest.mark.effects
 
@@ -30,7 +31,7 @@ def test_the_slope_lies_above_that_of_a_random_direction_of_equal_norm(lab: Lab,
 
 
 @pytest.mark.parametrize("span", SPANS)
-def test_long_thoughts_are_half_as_long_again_as_short_ones(lab: Lab, span: str) -> None:
+def test_thoughts_are_twice_as_long_at_the_long_end(lab: Lab, span: str) -> None:
     grid = lab.coefficients(span)
     short, long = (
         lab.steered(span, coefficient).mean(lambda trace: float(trace.thought_length))
@@ -38,7 +39,7 @@ def test_long_thoughts_are_half_as_long_again_as_short_ones(lab: Lab, span: str)
     )
     assert short.value is not None
     assert long.value is not None
-    assert long.value / short.value >= 1.5, f"{short} to {long} tokens"
+    assert long.value / short.value >= 2.0, f"{short} to {long} tokens"
 
 
 @pytest.mark.parametrize("span", SPANS)
@@ -53,6 +54,37 @@ def test_short_is_not_broken(lab: Lab, span: str) -> None:
 
 
 @pytest.mark.parametrize("span", SPANS)
-def test_long_thoughts_still_close(lab: Lab, span: str) -> None:
-    replies = lab.steered(span, lab.coefficients(span)[-1])
-    assert (replies.mean(replies.closed).value or 0) >= 0.9
+def test_accuracy_rises_with_the_length(lab: Lab, span: str) -> None:
+    grid = lab.coefficients(span)
+    short, long = (lab.steered(span, coefficient) for coefficient in (grid[0], grid[-1]))
+    found = change(short.statistic(short.correct), long.statistic(long.correct))
+    assert found.value is not None
+    assert found.value >= 0.15, f"accuracy changes by {found} between the ends"
+    assert found.low is not None
+    assert found.low > 0
+
+
+@pytest.mark.parametrize("seed", RANDOM_DIRECTIONS)
+def test_a_random_direction_stays_within_a_few_tokens(lab: Lab, seed: int) -> None:
+    """Of equal norm, at the ends of the grid where the length direction moves the mean by more than ten tokens."""
+    plain = _tokens(lab.plain)
+    for coefficient in (lab.coefficients(SPANS[0])[0], lab.coefficients(SPANS[0])[-1]):
+        random, steered = (_tokens(lab.steered(SPANS[0], coefficient, chosen)) for chosen in (seed, None))
+        assert abs(random - plain) <= 6.0, f"{plain} to {random} tokens at {coefficient}"
+        assert abs(steered - plain) > 10.0, f"{plain} to {steered} tokens at {coefficient}"
+
+
+@pytest.mark.parametrize("span", SPANS)
+def test_thoughts_close_at_every_point(lab: Lab, span: str) -> None:
+    """For the main span at five coefficients, for the matched one at the ends."""
+    grid = lab.coefficients(span)
+    for coefficient in grid if span == SPANS[0] else (grid[0], grid[-1]):
+        replies = lab.steered(span, coefficient)
+        assert (replies.mean(replies.closed).value or 0) >= 0.95, f"at {coefficient}"
+
+
+def _tokens(replies: Replies) -> float:
+    """The mean length of thought."""
+    value = replies.mean(lambda trace: float(trace.thought_length)).value
+    assert value is not None
+    return value

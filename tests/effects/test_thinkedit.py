@@ -1,10 +1,14 @@
-"""ThinkEdit: fewer short thoughts, and better ones; random heads and random directions do not do it."""
+"""ThinkEdit: fewer short thoughts, and better ones; more so than with random heads or a random direction.
+
+Random heads are not all idle in this specimen (docs/organism.md says which and why), so the edit is compared with the
+mean of several draws and not with nothing.
+"""
 
 from __future__ import annotations
 
 import pytest
 
-from tests.effects.lab import RANDOM_HEADS, SPANS, Lab, average, change
+from tests.effects.lab import RANDOM_EDIT_DIRECTIONS, RANDOM_HEADS, SPANS, Lab, average, change
 
 pytestmark = pytest.mark.effects
 
@@ -15,6 +19,8 @@ def test_fewer_thoughts_are_short(lab: Lab, span: str) -> None:
     found = change(before.statistic(before.short), after.statistic(after.short))
     assert found.high is not None
     assert found.high < 0, f"share of short thoughts changes by {found}"
+    assert found.value is not None
+    assert found.value <= -0.10, f"share of short thoughts changes by {found}"
 
 
 def test_fewer_are_short_than_with_random_heads(lab: Lab) -> None:
@@ -40,16 +46,19 @@ def test_it_gets_better_than_with_random_heads(lab: Lab) -> None:
 
 
 def test_it_gets_better_than_with_a_random_direction(lab: Lab) -> None:
-    control = lab.edited(SPANS[0], "random direction", RANDOM_HEADS[0]).shortest(0.0, 0.2)
-    found = change(control, lab.edited(SPANS[0]).shortest(0.0, 0.2))
+    draws = RANDOM_EDIT_DIRECTIONS
+    controls = [lab.edited(SPANS[0], "random direction", seed).shortest(0.0, 0.2) for seed in draws]
+    found = change(average(controls), lab.edited(SPANS[0]).shortest(0.0, 0.2))
     assert found.low is not None
     assert found.low > 0, f"accuracy of the shortest fifth differs by {found}"
 
 
 @pytest.mark.parametrize("span", SPANS)
-def test_thoughts_still_close_and_no_accuracy_is_lost(lab: Lab, span: str) -> None:
+def test_thoughts_still_close_and_more_answers_are_right(lab: Lab, span: str) -> None:
     before, after = lab.plain, lab.edited(span)
     assert (after.mean(after.closed).value or 0) >= 0.95
     found = change(before.statistic(before.correct), after.statistic(after.correct))
     assert found.low is not None
-    assert found.low > -0.02, f"accuracy changes by {found}"
+    assert found.low > 0, f"accuracy changes by {found}"
+    assert found.value is not None
+    assert found.value >= 0.10, f"accuracy changes by {found}"
