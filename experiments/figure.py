@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,12 +53,12 @@ def _read(result: Path) -> dict[str, Any]:
 
 
 def _curve(axes: Axes, steering: dict[str, Any], name: str, control: str, factor: float) -> None:
-    at, values = steering["coefficients"], [factor * value for value in steering[name]]
-    ends = [[factor * point[name][end] for point in steering["intervals"]] for end in ("low", "high")]
+    at, values = steering["coefficients"], _scaled(steering[name], factor)
+    ends = [_scaled([point[name][end] for point in steering["intervals"]], factor) for end in ("low", "high")]
     spread = [[value - low for value, low in zip(values, ends[0], strict=True)],
               [high - value for value, high in zip(values, ends[1], strict=True)]]  # fmt: skip
     axes.plot(
-        at, [factor * value for value in steering[control]], "--o", color=CONTROL, markersize=4, markerfacecolor="white",
+        at, _scaled(steering[control], factor), "--o", color=CONTROL, markersize=4, markerfacecolor="white",
         label="random directions of equal norm",
     )  # fmt: skip
     axes.errorbar(at, values, yerr=spread, fmt="-o", color=MAIN, markersize=5, linewidth=2, label="length direction")
@@ -66,17 +67,29 @@ def _curve(axes: Axes, steering: dict[str, Any], name: str, control: str, factor
     axes.legend(frameon=False, fontsize=8, loc="lower right" if factor > 1 else "upper left")
 
 
+def _mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _scaled(values: list[float | None], factor: float) -> list[float]:
+    """Values for matplotlib, which leaves a gap at NaN; a point at which no thought was finished has no length."""
+    return [math.nan if value is None else factor * value for value in values]
+
+
 def _edits(axes: Axes, found: dict[str, Any]) -> None:
     """Accuracy and short thoughts: unchanged, edited, random heads."""
     edit = found["thinkedit"]
     controls = [each for each in edit["edits"] if each["kind"] == "random heads"]
     bars = [
         ("unchanged", edit["accuracy_before"], edit["short_share_before"], BEFORE),
-        ("random heads", edit["control_accuracy_after"], sum(each["short_share"] for each in controls) / len(controls), CONTROL),
+        ("random heads", edit["control_accuracy_after"], _mean([each["short_share"] for each in controls]), CONTROL),
         (f"ThinkEdit, {len(edit['heads'])} heads", edit["accuracy_after"], edit["short_share_after"], MAIN),
     ]  # fmt: skip
     for place, (label, accuracy, short, color) in enumerate(bars):
         for group, value in enumerate((accuracy, short)):
+            if value is None:
+                continue
             at = group + (place - 1) * 0.27
             axes.bar(at, 100 * value, 0.25, color=color, label=label if group == 0 else None)
             axes.text(at, 100 * value + 1.5, f"{100 * value:.0f}", ha="center", fontsize=8, color=INK)

@@ -44,9 +44,9 @@ def trace(
 
 
 def run(lengths: Sequence[int | None], correct: Sequence[bool], short_below: Mapping[str, int] | None = None) -> Run:
-    """A run of one reply per question."""
+    """A run of one reply per question; a thought without a length never closes."""
     rows = [
-        trace(f"q{n:03d}", 0, length, "1" if right else "2", right)
+        trace(f"q{n:03d}", 0, length or 50, "1" if right else "2", right, closed=length is not None)
         for n, (length, right) in enumerate(zip(lengths, correct, strict=True))
     ]
     thresholds = dict(short_below or {})
