@@ -58,7 +58,6 @@ def test_thoughts_still_close_and_more_answers_are_right(lab: Lab, span: str) ->
     before, after = lab.plain, lab.edited(span)
     assert (after.mean(after.closed).value or 0) >= 0.95
     found = change(before.statistic(before.correct), after.statistic(after.correct))
-    assert found.low is not None
-    assert found.low > 0, f"accuracy changes by {found}"
-    assert found.value is not None
-    assert found.value >= 0.10, f"accuracy changes by {found}"
+    assert found.low is not None and found.high is not None
+    assert found.low > 0.05, f"accuracy changes by {found}"
+    assert found.high >= 0.10, f"accuracy changes by {found}"  # The card, on 200 questions, says +.135 [.099, .171].
