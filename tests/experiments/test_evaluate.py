@@ -246,3 +246,32 @@ def test_a_killed_run_goes_on_to_the_same_bytes(organism, tmp_path):
     evaluate(organism, "chain", out=out, sampling=QUICK, limit=140, seed=3, resume=True)
     assert contents(out) == contents(whole.folder)
     assert not [path for path in out.rglob("*partial*") if path.stat().st_size and path.suffix == ".jsonl"]
+
+
+@pytest.mark.faults
+def test_a_disk_that_refuses_leaves_nothing_or_what_can_be_resumed(organism, tmp_path):
+    """Files may not grow beyond a limit: first not even a shard fits, then the shards fit and their sum does not."""
+    words = ["evaluate", "organism:chain", "--task", "chain", "--limit", "128", "--max-new-tokens", "40", "--seed", "3"]
+    program = (
+        "import resource, sys; limit = int(sys.argv[1]); resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit));"
+    )
+    program += "import torch; torch.set_num_threads(1); from steer.cli import app; sys.exit(app.run(sys.argv[2:]))"
+
+    def attempt(limit: int, name: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-B", "-c", program, str(limit), *words, "--out", str(tmp_path / name)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        return subprocess.run(
+            command, cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True, check=False
+        )
+
+    whole = evaluate(organism, "chain", out=tmp_path / "whole", sampling=QUICK, limit=128, seed=3)
+    shards = [path.stat().st_size for path in (whole.folder / "journal").glob("*.jsonl")]
+    done = attempt(min(shards) // 2, "none")
+    assert done.returncode == 2 and "too large" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "none").exists()
+    done = attempt((max(shards) + sum(shards)) // 2, "part")
+    assert done.returncode == 2 and "too large" in done.stderr
+    assert len(list((tmp_path / "part" / "journal").glob("*.jsonl"))) == 2
+    assert not (tmp_path / "part" / "traces.jsonl").exists() and not (tmp_path / "part" / "summary.json").exists()
+    evaluate(organism, "chain", out=tmp_path / "part", sampling=QUICK, limit=128, seed=3, resume=True)
+    assert contents(tmp_path / "part") == contents(whole.folder)
