@@ -64,7 +64,7 @@ def ours(model: SteerableModel, text: str) -> Callable[[], list[list[int]]]:
     """Return our generation, under the changes of the view `model`."""
 
     def work() -> list[list[int]]:
-        traces = model.generate([text] * ROWS, sampling=Sampling(temperature=0.0, max_new_tokens=NEW))
+        traces = model.generate([RawText(text)] * ROWS, sampling=Sampling(temperature=0.0, max_new_tokens=NEW))
         return [list(trace.completion_token_ids) for trace in traces]
 
     return work
