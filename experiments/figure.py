@@ -95,4 +95,4 @@ def _edits(axes: Axes, found: dict[str, Any]) -> None:
             axes.text(at, 100 * value + 1.5, f"{100 * value:.0f}", ha="center", fontsize=8, color=INK)
     axes.set(xticks=(0, 1), xticklabels=("right answers", "short thoughts"), ylabel="%", ylim=(0, 112))
     axes.set_title(f"What an edit of {len(edit['heads'])} heads does")
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8, loc="upper right")

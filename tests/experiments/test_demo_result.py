@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ BELOW = {f"q{n:03d}": 20 for n in range(QUESTIONS)}
 AGREEMENT = Agreement("a", "b", True, True, 68, 2, (), 1e-6, 1e-12, 1.0, 100, 4e-5, None, 1.2e-4)
 
 
+@cache
 def random_run(seed: int, slope: float = 0.0, right: float = 0.6, silent: float = 0.0) -> Run:
     """A run whose short thoughts are wrong; a share `silent` never closes."""
     rng = np.random.default_rng(seed)
