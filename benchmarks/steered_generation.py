@@ -21,6 +21,7 @@ from steer.directions import Direction
 from steer.generation import Sampling
 from steer.interventions import Add
 from steer.model import SteerableModel
+from steer.prompts import RawText
 from steer.steering import Steering
 
 ROWS, PROMPT, NEW = 8, 24, 24
