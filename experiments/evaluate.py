@@ -183,16 +183,16 @@ def _prepared(
 @contextmanager
 def _begun(folder: Path, meta: dict[str, Any]) -> Iterator[Journal]:
     """Make the folder or go on with it; one in which nothing was finished does not outlive an error."""
-    fresh = not folder.exists()
+    fresh, whole = not folder.exists(), False
     try:
         folder.mkdir(parents=True, exist_ok=True)
         journal = Journal(folder / JOURNAL, meta, ".jsonl")
         write_text(folder / RUN, run_text(meta), overwrite=True)
         yield journal
-    except BaseException:
-        if fresh and not any((folder / JOURNAL).glob("*.jsonl")):
+        whole = True
+    finally:
+        if fresh and not whole and not any((folder / JOURNAL).glob("*.jsonl")):
             shutil.rmtree(folder, ignore_errors=True)
-        raise
 
 
 def _shards(job: _Job, journal: Journal, progress: Tell | None) -> Iterator[bytes]:
