@@ -180,13 +180,13 @@ def _of_patch(patch: Patch, target: Target, form: Form) -> list[Row]:
             shape = target.anatomy.shape(module, matrix.layer)
             for operation in operations:
                 operation.check((shape[0], shape[1]), target.anatomy.heads)
-                vectors.setdefault(matrix.layer, []).append(operation.tensor)
+                vectors.setdefault(matrix.layer, []).append(operation.tensors["vector"])
         heads = len(
             {
                 (matrix, head)
                 for matrix, operations in touched.items()
                 for operation in operations
-                for head in operation.heads
+                for head in operation.heads or ()
             }
         )
         layers = tuple(matrix.layer for matrix in touched)

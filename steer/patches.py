@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from steer import artifacts
+from steer import artifacts, held, parameters
 from steer.directions import Direction
 from steer.errors import SteerError
 from steer.identity import ModelIdentity, canonical, check_same, known_keys
 from steer.interventions import ProjectOut
-from steer.operations import DTYPES, Matrix, Operation, ProjectColumns, Survival, edit_, edited, low_rank, tensor_hash
+from steer.operations import Matrix, Operation, ProjectColumns, Survival, edited, low_rank, operation_of
 from steer.steering import Steering
 
 if TYPE_CHECKING:
@@ -68,18 +68,21 @@ class Patch:
         model: the model that it was made on; another shape is refused, None fits whatever has the matrices.
         expects: hash of a matrix's bytes before the patch (`tensor_hash`), where known; see `edits.checkpoint.apply.pin`.
         provenance: how it was made; JSON values only.
+        config: values of config.json by dotted key (`set_config`); they take effect when a checkpoint is loaded, so
+            `on` refuses them.
 
     Raises:
-        SteerError: there is no operation.
+        SteerError: there is no operation and no configuration.
     """
 
     operations: tuple[Operation, ...]
     model: ModelIdentity | None = None
     expects: Mapping[Matrix, str] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not self.operations:
+        if not self.operations and not self.config:
             raise SteerError(
                 "the patch has no operation, so it would leave the model as it is", "at least one head or matrix"
             )
@@ -91,8 +94,9 @@ class Patch:
         return hash(self.fingerprint)
 
     def __str__(self) -> str:
-        heads = len({(operation.matrix, head) for operation in self.operations for head in operation.heads})
-        return f"patch {self.fingerprint[:12]}: {len(self.matrices)} matrices, {heads} heads, {len(self.operations)} operations"
+        heads = {(operation.matrix, head) for operation in self.operations for head in operation.heads or ()}
+        parts = [f"{len(self.matrices)} matrices", *([f"{len(heads)} heads"] if heads else [])]
+        return f"patch {self.fingerprint[:12]}: {', '.join(parts)}, {len(self.operations)} operations"
 
     @property
     def matrices(self) -> dict[Matrix, tuple[Operation, ...]]:
@@ -108,7 +112,9 @@ class Patch:
         digest = hashlib.sha256()
         for operations in self.matrices.values():
             for operation in operations:
-                digest.update(canonical([operation.as_json(), tensor_hash(operation.tensor)]).encode())
+                digest.update(canonical([operation.as_json(), operation.digest()]).encode())
+        if self.config:
+            digest.update(canonical({"config": dict(self.config)}).encode())
         return digest.hexdigest()
 
     def scaled(self, scale: float) -> Patch:
@@ -124,9 +130,14 @@ class Patch:
         """
         content = {
             "operations": [operation.as_json() for operation in self.operations],
-            "expects": {f"{matrix.layer}.{matrix.module}": value for matrix, value in sorted(self.expects.items())},
+            "expects": {matrix.key: value for matrix, value in sorted(self.expects.items())},
+            "config": dict(self.config),
         }
-        tensors = {f"operation.{index}": operation.tensor for index, operation in enumerate(self.operations)}
+        tensors = {
+            f"operation.{index}.{name}": tensor
+            for index, operation in enumerate(self.operations)
+            for name, tensor in operation.tensors.items()
+        }
         story = {key: value for key, value in self.provenance.items() if key in artifacts.GIVEN}
         model = None if self.model is None else self.model.to_dict()
         artifacts.write(path, "patch", tensors, story | {"model": model, "content": content}, overwrite)
@@ -140,16 +151,15 @@ class Patch:
         """
         found = artifacts.read(path, "patch")
         content = found.provenance["content"]
-        known_keys(content, ("operations", "expects"), f"the content of {path}")
-        operations = tuple(
-            _operation(stored, found.tensors.get(f"operation.{index}"), path)
-            for index, stored in enumerate(content["operations"])
-        )
-        expects = {
-            Matrix(int(key.split(".", 1)[0]), key.split(".", 1)[1]): value for key, value in content["expects"].items()
-        }
+        known_keys(content, ("operations", "expects", "config"), f"the content of {path}")
+        operations = []
+        for index, stored in enumerate(content["operations"]):
+            stem = f"operation.{index}."
+            own = {name.removeprefix(stem): each for name, each in found.tensors.items() if name.startswith(stem)}
+            operations.append(operation_of(stored, own, path))
+        expects = {Matrix.parse(key): value for key, value in content["expects"].items()}
         story = {key: found.provenance[key] for key in artifacts.GIVEN if key not in ("model", "content")}
-        return cls(operations, found.model, expects, story)
+        return cls(tuple(operations), found.model, expects, story, content.get("config") or {})
 
     def plan(self, folder: str | os.PathLike[str], anatomy: str | os.PathLike[str] | None = None) -> Planned:
         """Say what the patch would do to the checkpoint in `folder`; headers only, nothing is written.
@@ -167,10 +177,10 @@ class Patch:
         groups: dict[tuple[int, float], list[ProjectColumns]] = {}
         for matrix, operations in self.matrices.items():
             for turn, operation in enumerate(operations):
-                if not isinstance(operation, ProjectColumns):
+                if not (isinstance(operation, ProjectColumns) and operation.heads):
                     raise SteerError(
                         f"the operation on {matrix} is a {type(operation).__name__}",
-                        "ProjectColumns",
+                        "ProjectColumns of heads",
                         "Use the patch itself, `patch.on(model)`",
                     )
                 groups.setdefault((turn, operation.weight), []).append(operation)
@@ -182,7 +192,7 @@ class Patch:
             tuple(operation.layer for operation in operations),
         )
         direction = Direction(vectors, layers, str(self.provenance.get("site") or "resid_mid"), self.model)
-        heads = tuple((operation.layer, head) for operation in operations for head in operation.heads)
+        heads = tuple((operation.layer, head) for operation in operations for head in operation.heads or ())
         return ProjectOut(direction, "head_out", operations[0].weight, heads=heads)
 
     @classmethod
@@ -212,7 +222,7 @@ class Patch:
                 hooked = each.heads or () if isinstance(each, ProjectOut) and not each.is_zero(coefficient) else ()
                 for layer, head in hooked:
                     operations = self.matrices.get(Matrix(layer, "attention_output"), ())
-                    if any(head in operation.heads for operation in operations):
+                    if any(operation.heads is None or head in operation.heads for operation in operations):
                         raise SteerError(
                             f"head {head} of layer {layer} is edited by a hook that was entered before the patch",
                             "the patch first, since the hook edits what the weights then are",
@@ -238,84 +248,26 @@ class Patch:
                 `head_out` edits already.
         """
         check_same(self.model, model.identity, "the patch")
+        if self.config:
+            raise SteerError(
+                f"the patch sets {', '.join(self.config)} in config.json",
+                "operations on weights alone, since a configuration takes effect when a model is loaded",
+                "Apply it to the checkpoint, `patch.plan(folder).apply(out)`, and load the result",
+            )
         heads = model.anatomy.heads
-        found = {matrix: model.parameter(matrix.module, matrix.layer) for matrix in self.matrices}
-        scaled = self.scaled(scale).matrices
-        for matrix, parameter in found.items():
-            _check_parameter(matrix, parameter, heads)
-            for operation in scaled[matrix]:
-                operation.check((parameter.shape[0], parameter.shape[1]), heads)
+        places = {matrix: parameters.find(model, matrix) for matrix in self.matrices}
+        changes: dict[int, tuple[Tensor, list[held.Edit]]] = {}
+        for matrix, operations in self.scaled(scale).matrices.items():
+            parameter, slot = places[matrix]
+            parameters.check(matrix, parameter)
+            shape = slot.shape(tuple(parameter.shape))
+            for operation in operations:
+                operation.check(shape, heads)
+            edit = held.Edit(slot, operations, shape[1] // heads)
+            changes.setdefault(id(parameter), (parameter, []))[1].append(edit)
         self._refuse_hooked(model)
         with model.taps.entering(self, scale), ExitStack() as stack:
-            yield {
-                matrix: stack.enter_context(_held(found[matrix], operations, heads))
-                for matrix, operations in scaled.items()
+            survived = {
+                key: stack.enter_context(held.held(parameter, edits)) for key, (parameter, edits) in changes.items()
             }
-
-
-def _operation(stored: Mapping[str, Any], tensor: Tensor | None, path: str | Path) -> Operation:
-    known_keys(stored, ("operation", "layer", "module", "heads", "weight"), f"an operation of {path}")
-    if stored.get("operation") != "project_columns" or tensor is None:
-        raise SteerError(
-            f"{path} holds the operation {stored.get('operation')!r}, or lacks its tensor",
-            "project_columns with a vector",
-            "Read it with the version that wrote it",
-        )
-    return ProjectColumns(stored["layer"], stored["module"], tuple(stored["heads"]), tensor, stored["weight"])
-
-
-def _check_parameter(matrix: Matrix, parameter: Tensor, heads: int) -> None:
-    remedy = "Use its hook form, `patch.steering()`, or load the model unquantised and in memory"
-    if parameter.device.type == "meta":
-        raise SteerError(
-            f"the weight of {matrix} is offloaded, its bytes are not in memory", "a weight in memory", remedy
-        )
-    if parameter.dtype not in DTYPES or parameter.dim() != 2 or type(parameter.data) is not Tensor:
-        raise SteerError(
-            f"the weight of {matrix} is a {type(parameter).__name__} of dtype {parameter.dtype}, shape {tuple(parameter.shape)}: quantised or sharded",
-            "a plain matrix of " + ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES),
-            remedy,
-        )
-    if parameter.shape[1] % heads:
-        raise SteerError(
-            f"{matrix} has {parameter.shape[1]} inputs for {heads} heads", "a whole number of columns per head"
-        )
-
-
-@dataclass
-class _Held:
-    """One parameter that open contexts have patched: its original blocks, and the operations in force."""
-
-    parameter: Tensor
-    head_width: int
-    originals: dict[int, Tensor] = field(default_factory=dict)
-    open: list[tuple[Operation, ...]] = field(default_factory=list)
-
-    def columns(self, head: int) -> slice:
-        return slice(head * self.head_width, (head + 1) * self.head_width)
-
-    def rewrite(self) -> Survival:
-        """Put the original blocks back, then carry out everything that is in force."""
-        weight = self.parameter.detach()
-        for head, block in self.originals.items():
-            weight[:, self.columns(head)] = block.to(weight.device)
-        return edit_(weight, [operation for entry in self.open for operation in entry], self.head_width)
-
-
-_HELD: dict[int, _Held] = {}
-
-
-@contextmanager
-def _held(parameter: Tensor, operations: tuple[Operation, ...], heads: int) -> Iterator[Survival]:
-    held = _HELD.get(id(parameter)) or _Held(parameter, parameter.shape[1] // heads)
-    for head in sorted({head for operation in operations for head in operation.heads} - held.originals.keys()):
-        held.originals[head] = parameter.detach()[:, held.columns(head)].clone()
-    _HELD[id(parameter)] = held
-    held.open.append(operations)
-    try:
-        yield held.rewrite()
-    finally:
-        del held.open[next(index for index, entry in enumerate(held.open) if entry is operations)]
-        held.rewrite()
-        if not held.open:
-            del _HELD[id(parameter)]
+            yield {matrix: survived[id(parameter)][slot] for matrix, (parameter, slot) in places.items()}

@@ -171,7 +171,7 @@ def _operation(layer: int, write: Write) -> ProjectColumns:
 def _refuse_shared_heads(layer: int, operations: dict[str, list[ProjectColumns]]) -> None:
     owner: dict[int, str] = {}
     for phase, found in operations.items():
-        for head in sorted({head for operation in found for head in operation.heads}):
+        for head in sorted({head for operation in found for head in operation.heads or ()}):
             if head in owner:
                 raise SteerError(
                     f"head {head} of layer {layer} is edited at head_out in phase {owner[head]!r} and in phase {phase!r}",

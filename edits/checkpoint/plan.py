@@ -54,7 +54,7 @@ class Touched:
     @property
     def heads(self) -> tuple[int, ...]:
         """Heads whose columns may change."""
-        return tuple(sorted({head for operation in self.operations if operation.weight for head in operation.heads}))
+        return tuple(sorted({head for operation in self.operations if operation.weight for head in operation.heads or ()}))
 
 
 @dataclass(frozen=True)

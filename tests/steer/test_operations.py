@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from steer import operations as module
 from steer.errors import SteerError
 from steer.operations import ProjectColumns, Survival, edit_, edited, edited_blocks, low_rank, tensor_hash
+from steer.operations import edit as module
 
 OUT, HEADS = 48, 6
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -225,6 +225,7 @@ def test_bytes_do_not_depend_on_the_size_of_blocks(size: int, monkeypatch: pytes
     operations = [project(1, 4), project(4, seed=2)]
     expected = tensor_hash(edited(weights(), operations, 8))
     monkeypatch.setattr(module, "BLOCK", size)
+    monkeypatch.setattr(module, "WIDTH", 1)
     assert tensor_hash(edited(weights(), operations, 8)) == expected
     assert len(list(edited_blocks(weights(), operations, 8))) == {1: 16, 48: 16, 150: 6, 1 << 20: 2}[size]
 

@@ -212,16 +212,22 @@ def test_a_file_gives_the_same_patch_back(tmp_path: Path) -> None:
 
 
 def test_unknown_operations_and_other_kinds_are_refused(tmp_path: Path) -> None:
-    row = {"operation": "rotate", "layer": 0, "module": "attention_output", "heads": [0], "weight": 1.0}
+    row = {"operation": "rotate", "matrix": "0.attention_output", "heads": [0], "weight": 1.0}
     content = {"operations": [row], "expects": {}}
     artifacts.write(
-        tmp_path / "a.safetensors", "patch", {"operation.0": torch.ones(3)}, artifacts.provenance(content=content)
+        tmp_path / "a.safetensors",
+        "patch",
+        {"operation.0.vector": torch.ones(3)},
+        artifacts.provenance(content=content),
     )
     with pytest.raises(SteerError, match="rotate"):
         Patch.load(tmp_path / "a.safetensors")
-    content = {"operations": [row | {"operation": "project_columns", "strength": 2}], "expects": {}}
+    content = {"operations": [row | {"operation": "project_out", "strength": 2}], "expects": {}}
     artifacts.write(
-        tmp_path / "b.safetensors", "patch", {"operation.0": torch.ones(3)}, artifacts.provenance(content=content)
+        tmp_path / "b.safetensors",
+        "patch",
+        {"operation.0.vector": torch.ones(3)},
+        artifacts.provenance(content=content),
     )
     with pytest.raises(SteerError, match="strength"):
         Patch.load(tmp_path / "b.safetensors")

@@ -1,0 +1,28 @@
+"""Operations on one matrix, and the one function that carries them out.
+
+`edit_` is the only code that changes weights: a loaded model (`Patch.on`) and a checkpoint on disk
+(`edits.checkpoint`) both call it, so the two can be compared byte by byte; `low_rank` says the same change as
+factors, for the hook form and for adapters.
+
+It works on one piece of a matrix at a time, copied to the CPU in float64. It uses only element by element operations
+and a fixed tree of additions, all rounded as IEEE 754 says; hence its bytes depend on the weight and the operations
+alone, not on the bounds of the pieces, the alignment of the memory, the number of threads, the BLAS or the device.
+The result is cast to the weight's dtype once, at the end.
+
+One file each: `operation` (what an operation is), `project`, `elementwise` (the operations), `edit` (pieces, survival),
+`factors` (A and B), `stored` (from JSON and back).
+"""
+
+from steer.anatomy.slots import Matrix
+from steer.operations.edit import Block, Survival, edit_, edited, edited_blocks
+from steer.operations.elementwise import AddBias, AddDense, AddLowRank, Scale, SetSlice
+from steer.operations.factors import low_rank
+from steer.operations.operation import DTYPES, Operation, Region, Source, reduces, region, tensor_hash
+from steer.operations.project import ProjectColumns
+from steer.operations.stored import operation_of
+
+__all__ = [
+    "DTYPES", "AddBias", "AddDense", "AddLowRank", "Block", "Matrix", "Operation", "ProjectColumns", "Region", "Scale",
+    "SetSlice", "Source", "Survival", "edit_", "edited", "edited_blocks", "low_rank", "operation_of", "reduces", "region",
+    "tensor_hash",
+]  # fmt: skip
