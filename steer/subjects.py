@@ -23,6 +23,7 @@ from steer.errors import SteerError
 if TYPE_CHECKING:
     import torch
 
+    from steer.anatomy.resolve import Anatomy
     from steer.model import SteerableModel
     from steer.patches import Patch
     from steer.steering import Steering
@@ -60,19 +61,20 @@ def parse(text: str) -> Subject:
     pieces = text.removeprefix("vllm:").split("+")
     if not all(piece.strip() for piece in pieces) and not (text.strip() and Path(text).exists()):
         raise SteerError(f"the subject {text!r} has an empty part", FORM, "Name the model, then each file after a +")
-    model, rest = _longest(pieces)
+    model, rest = _longest(pieces, coefficient=False)
     changes = []
     while rest:
-        name, rest = _longest(rest)
+        name, rest = _longest(rest, coefficient=True)
         changes.append(_with_coefficient(name, text))
     return Subject(backend, model, tuple(changes))
 
 
-def _longest(pieces: list[str]) -> tuple[str, list[str]]:
-    """Join as many pieces as still name something on disk; a single piece where none does."""
+def _longest(pieces: list[str], coefficient: bool) -> tuple[str, list[str]]:
+    """Join as many pieces as still name something on disk, a coefficient behind it apart; one where none does."""
     for count in range(len(pieces), 1, -1):
         name = "+".join(pieces[:count])
-        if Path(name).exists() or (_is_number(name.rpartition("@")[2]) and Path(name.rpartition("@")[0]).is_file()):
+        before, _, number = name.rpartition("@")
+        if Path(name).exists() or (coefficient and before and _is_number(number) and Path(before).exists()):
             return name, pieces[count:]
     return pieces[0], pieces[1:]
 
@@ -98,8 +100,13 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def load_change(path: Path) -> Steering | Patch:
-    """Read a steering or a patch, whichever the file is.
+def load_change(path: Path, model: str | None = None, anatomy: str | Path | None = None) -> Steering | Patch:
+    """Read a steering, a patch or an adapter, whichever it is; an adapter becomes a patch.
+
+    Args:
+        path: a steering (.yaml), a patch (.safetensors) or the folder of an adapter.
+        model: hub id, folder, `file.gguf` or `organism:NAME`; its headers give an adapter's matrices their names.
+        anatomy: a record of the user's own, for `model`.
 
     Raises:
         SteerError: no such file, or one that is no change to a model that this version can run.
@@ -113,16 +120,30 @@ def load_change(path: Path) -> Steering | Patch:
         return Steering.load(path)
     if kind == "patch":
         return Patch.load(path)
+    if kind == "adapter":
+        from steer import adapters
+
+        return adapters.read(path, None if model is None else _anatomy(model, anatomy))
     remedies = {
-        "adapter": "Adapters cannot be run in this version; use the steering or the patch that the adapter was made from",
         "direction": "Make a steering of it: Steering((Add(direction, site='attn_out', coefficient=0.05),)).save('name.yaml')",
         "scores": "Make a patch of it: steer patch thinkedit",
     }
     raise SteerError(
         f"{path} is of kind {kind!r}, which does nothing by itself",
-        "a steering (.yaml) or a patch (.safetensors)",
+        "a steering (.yaml), a patch (.safetensors) or an adapter (a folder)",
         remedies.get(kind, "Make a steering or a patch of it"),
     )
+
+
+def _anatomy(model: str, record: str | Path | None) -> Anatomy:
+    """The anatomy of a model that is not loaded."""
+    from steer.anatomy.headers import read_headers
+    from steer.anatomy.record import read_record
+    from steer.anatomy.resolve import resolve
+    from steer.sources import locate
+
+    headers = read_headers(locate(model).folder)
+    return resolve(headers.config, headers.shapes, None if record is None else read_record(record))
 
 
 def open_subject(
@@ -157,7 +178,7 @@ def open_subject(
             "a subject without vllm:",
             f"Use {str(subject).removeprefix('vllm:')!r}, which runs in transformers",
         )
-    changes = [(load_change(path), coefficient) for path, coefficient in subject.changes]
+    changes = [(load_change(path, subject.model, anatomy), coefficient) for path, coefficient in subject.changes]
     from steer.model import load
 
     model = load(

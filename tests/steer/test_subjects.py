@@ -15,6 +15,7 @@ from steer.scores import HeadScores
 from steer.steering import Steering
 from steer.subjects import Subject, load_change, open_subject, parse
 from tests import tiny
+from tests.steer import lora
 from tests.steer.made import refused
 
 NAMES = st.text("abcXYZ019._-/", min_size=1).filter(lambda name: name.strip())
@@ -82,6 +83,7 @@ def test_paths_with_plus_and_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     for name in ("a+b.yaml", "b.yaml", "c@0.5", "x@1+y.yaml"):
         Path(name).write_text("")
     Path("mo+del").mkdir()
+    Path("runs+lora").mkdir()
     assert parse("mo+del+a+b.yaml") == Subject("hf", "mo+del", ((Path("a+b.yaml"), 1.0),))
     assert parse("mo+del+a+b.yaml@2+b.yaml") == Subject(
         "hf", "mo+del", ((Path("a+b.yaml"), 2.0), (Path("b.yaml"), 1.0))
@@ -90,6 +92,8 @@ def test_paths_with_plus_and_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert parse("m+c@0.5@0.25").changes == ((Path("c@0.5"), 0.25),)
     assert parse("m+x@1+y.yaml@-1").changes == ((Path("x@1+y.yaml"), -1.0),)
     assert parse("m+b.yaml@1e+2").changes == ((Path("b.yaml"), 100.0),)
+    assert parse("m+runs+lora@0.5").changes == ((Path("runs+lora"), 0.5),)
+    assert parse("runs+lora+b.yaml@2") == Subject("hf", "runs+lora", ((Path("b.yaml"), 2.0),))
     assert parse("m+none+b.yaml").changes == ((Path("none"), 1.0), (Path("b.yaml"), 1.0))
 
 
@@ -99,6 +103,7 @@ def test_paths_with_plus_and_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_the_files_type_decides(folder: Path) -> None:
     assert isinstance(load_change(folder / "push.yaml"), Steering)
     assert isinstance(load_change(folder / "edit.safetensors"), Patch)
+    assert isinstance(load_change(lora.attention(folder / "adapter")), Patch)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +111,7 @@ def test_the_files_type_decides(folder: Path) -> None:
     [
         ("d.safetensors", ("kind 'direction'", "Steering((Add(")),
         ("scores.safetensors", ("kind 'scores'", "steer patch thinkedit")),
-        ("lora", ("kind 'adapter'", "cannot be run in this version")),
+        ("lora", ("method None", "LORA")),
         ("push.safetensors", ("push.yaml",)),
         ("none.yaml", ("no file",)),
         ("model", ("adapter_config.json", "MODEL")),
