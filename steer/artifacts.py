@@ -7,7 +7,8 @@ filled in is null. Unknown versions, kinds and keys are refused; nothing is ever
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
@@ -16,7 +17,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from steer.errors import SteerError
@@ -28,6 +28,10 @@ KINDS = ("direction", "scores", "steering", "patch", "summary", "sae")
 GIVEN = ("model", "site", "convention", "data_hash", "data_count", "options", "seed", "parents", "content")
 FILLED = ("format_version", "kind", "code_version", "dtype", "tensors_id")
 PROVENANCE = FILLED + GIVEN
+WORDS = {
+    torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
 _PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
@@ -92,14 +96,26 @@ def provenance(
 
 def tensors_id(tensors: Mapping[str, Tensor]) -> str:
     """Return the hash of names, dtypes, shapes and bytes; the order of the mapping does not matter."""
-    parts: list[bytes | memoryview] = []
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        parts += [
-            canonical([name, str(tensor.dtype), list(tensor.shape)]).encode(),
-            tensor.reshape(-1).view(torch.uint8).numpy().data,
-        ]
-    return digest(parts)
+    return _described(tensors)[0]
+
+
+def _described(tensors: Mapping[str, Tensor]) -> tuple[str, dict[str, tuple[torch.dtype, tuple[int, ...]]]]:
+    """Return the hash and what each tensor is; every tensor is looked up once, and let go before the next."""
+    found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+
+    def parts() -> Iterator[bytes | memoryview]:
+        for name in sorted(tensors):
+            tensor = tensors[name].detach().cpu().contiguous()
+            found[name] = (tensor.dtype, tuple(tensor.shape))
+            yield canonical([name, str(tensor.dtype), list(tensor.shape)]).encode()
+            yield _bytes(tensor)
+
+    return digest(parts()), found
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    view: memoryview = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return view
 
 
 @cache
@@ -119,7 +135,8 @@ def write(
     Args:
         path: a name ending in `.safetensors`.
         kind: one of `KINDS`.
-        tensors: by name; written as they are.
+        tensors: by name; written as they are, one after the other, so that a mapping may make each when it is asked
+            for it. Each is asked for twice: for the hash, which stands in front, and to be written.
         provenance: keys among `GIVEN`, as the function `provenance` makes them; missing ones become null.
         overwrite: allow `path` to exist.
 
@@ -136,24 +153,42 @@ def write(
         )
     _check_kind(kind, str(path))
     known_keys(provenance, GIVEN, f"the provenance of {path}")
-    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    identity, found = _described(tensors)
     block = {key: provenance.get(key) for key in GIVEN} | {
         "format_version": FORMAT_VERSION,
         "kind": kind,
         "code_version": code_version(),
-        "dtype": ",".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in plain.values()})),
-        "tensors_id": tensors_id(plain),
+        "dtype": ",".join(sorted({str(dtype).removeprefix("torch.") for dtype, _ in found.values()})),
+        "tensors_id": identity,
     }
-    with replacing(path, overwrite) as partial:
-        partial.write_bytes(save(plain, {"steer": canonical(block)}))
+    names = sorted(found, key=lambda name: (-found[name][0].itemsize, name))  # Each begins at a multiple of its size.
+    with replacing(path, overwrite) as partial, partial.open("wb") as stream:
+        stream.write(_header({name: found[name] for name in names}, {"steer": canonical(block)}))
+        for name in names:
+            stream.write(_bytes(tensors[name]))
 
 
-def read(path: str | Path, kind: str | None = None) -> Artifact:
+def _header(entries: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
+    """Return the header of a safetensors file with these tensors in this order."""
+    described: dict[str, Any] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for name, (dtype, shape) in entries.items():
+        size = math.prod(shape) * dtype.itemsize
+        described[name] = {"dtype": WORDS[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(described, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def read(path: str | Path, kind: str | None = None, *, mapped: bool = False) -> Artifact:
     """Read an artifact and check that it is whole.
 
     Args:
         path: file written by `write`.
         kind: what it has to be; None takes any known kind.
+        mapped: leave the tensors in the file, which the system maps into memory as they are read, instead of copying
+            them; for files of gigabytes, which must then stay as they are.
 
     Raises:
         SteerError: no such file, a pickle, a damaged or foreign safetensors file, an unknown version, kind or key, or
@@ -168,14 +203,15 @@ def read(path: str | Path, kind: str | None = None) -> Artifact:
             "Give another file, or use this one for what it is",
         )
     with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - a handle, not a mapping
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - a handle, not a mapping
     if tensors_id(tensors) != block["tensors_id"]:
         raise SteerError(
             f"{path} is damaged: its tensors do not match the hash in its header",
             "the bytes that were written",
             "Copy or make the file again",
         )
-    return Artifact(block["kind"], tensors, block)
+    kept = tensors if mapped else {name: tensor.clone() for name, tensor in tensors.items()}
+    return Artifact(block["kind"], kept, block)
 
 
 def read_block(path: Path) -> dict[str, Any]:

@@ -73,8 +73,9 @@ class Survival:
     @classmethod
     def of(cls, block: Block) -> Survival:
         """Measure one block."""
-        wanted, actual = block.exact - block.before, block.after.double() - block.before
-        return cls(float((wanted * wanted).sum()), float((actual * actual).sum()), float((wanted * actual).sum()))
+        wanted = (block.exact - block.before).reshape(-1)
+        actual = (block.after.double() - block.before).reshape(-1)
+        return cls(float(wanted @ wanted), float(actual @ actual), float(wanted @ actual))
 
 
 def edited_blocks(

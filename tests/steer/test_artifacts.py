@@ -12,7 +12,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import load, load_file, save, save_file
 
 from steer.artifacts import FILLED, GIVEN, KINDS, kind_of, provenance, read, tensors_id, write
 from tests.steer.made import identity, refused
@@ -238,18 +239,74 @@ def test_kinds_of_files(saved: Path, tmp_path: Path) -> None:
     refused(lambda: kind_of(tmp_path / "none"), "no file")
 
 
+class Asked(dict[str, torch.Tensor]):
+    """Tensors that know how often they were asked for, and can fail then."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor], fail_at: int = -1) -> None:
+        super().__init__(tensors)
+        self.asked: list[str] = []
+        self.fail_at = fail_at
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        self.asked.append(name)
+        if len(self.asked) == self.fail_at:
+            raise OSError(28, "No space left on device")
+        return super().__getitem__(name)
+
+
 @pytest.mark.faults
-def test_an_interrupted_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = Path.write_bytes
-
-    def half(path: Path, data: bytes) -> int:
-        whole(path, data[: len(data) // 2])
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Path, "write_bytes", half)
+@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.parametrize("moment", [1, 2, 3, 4])
+def test_an_interrupted_write_leaves_nothing(tmp_path: Path, moment: int) -> None:
+    tensors = Asked({"x": torch.zeros(2), "y": torch.zeros(3)}, moment)
     with pytest.raises(OSError, match="No space"):
-        write(tmp_path / "a.safetensors", "sae", {"x": torch.zeros(2)}, {})
+        write(tmp_path / "a.safetensors", "sae", tensors, {})
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("unchecked_types")
+def test_each_tensor_is_asked_for_twice_and_never_all_at_once(tmp_path: Path) -> None:
+    tensors = Asked({"b": torch.ones(4), "a": torch.zeros(2, dtype=torch.float64)})
+    write(tmp_path / "a.safetensors", "sae", tensors, {})
+    assert tensors.asked == ["a", "b", "a", "b"]
+
+
+def test_the_file_is_what_the_safetensors_library_writes(tmp_path: Path) -> None:
+    """Several dtypes and an odd number of bytes, so that order and alignment matter."""
+    tensors = {
+        "half": torch.arange(3).bfloat16(), "n": torch.arange(5), "wide": torch.randn(2, 3, dtype=torch.float64),
+        "flag": torch.tensor([True, False, True]), "ä": torch.randn(4, 1), "empty": torch.zeros(0, 3),
+    }  # fmt: skip
+    write(tmp_path / "a.safetensors", "sae", tensors, {})
+    block = safe_open(tmp_path / "a.safetensors", "pt").metadata()
+    theirs = load(save(tensors, block))
+    ours = load((tmp_path / "a.safetensors").read_bytes())
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) and ours[name].dtype == theirs[name].dtype for name in ours)
+    one = {name: tensors[name] for name in ("ä",)}
+    write(tmp_path / "b.safetensors", "sae", one, {})
+    assert (tmp_path / "b.safetensors").read_bytes() == save(
+        one, safe_open(tmp_path / "b.safetensors", "pt").metadata()
+    )
+
+
+def test_a_mapped_file_is_read_as_it_is_used(tmp_path: Path) -> None:
+    """A large tensor stays in the file; the numbers are the same."""
+    kept = torch.arange(1 << 22, dtype=torch.float32)
+    write(tmp_path / "a.safetensors", "sae", {"x": kept}, {})
+    read(tmp_path / "a.safetensors", mapped=True)
+    before = anonymous()
+    mapped = read(tmp_path / "a.safetensors", mapped=True).tensors["x"]
+    assert anonymous() - before < kept.nbytes / 4
+    copied = read(tmp_path / "a.safetensors").tensors["x"]
+    assert torch.equal(mapped, kept) and torch.equal(copied, kept)
+    assert anonymous() - before > kept.nbytes / 2, "the measure cannot see a copy"
+
+
+def anonymous() -> int:
+    """Bytes of this process that no file backs."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
 
 @pytest.mark.faults
