@@ -8,12 +8,14 @@ from steer.lazy import export
 
 if TYPE_CHECKING:
     from edits.checkpoint.undo import revert as revert
+    from edits.diff import diff as diff
     from edits.thinkedit import thinkedit as thinkedit
     from edits.verify import verify as verify
 
 export(
     __name__,
     {
+        "diff": "edits.diff",
         "revert": "edits.checkpoint.undo",
         "thinkedit": "edits.thinkedit",
         "verify": "edits.verify",

@@ -19,8 +19,11 @@ from edits.checkpoint.plan import Touched, plan
 from edits.checkpoint.stream import Bytes, read_exactly
 from steer.anatomy.headers import Entry, Headers, read_headers
 from steer.anatomy.record import Record
+from steer.errors import SteerError
 from steer.operations import edit_
 from steer.patches import Patch
+from steer.sources import locate
+from steer.subjects import load_change, parse
 
 STEP = 1 << 24
 
@@ -48,6 +51,34 @@ class OnDisk:
             plan(patch, self.folder, self.anatomy)
         together = Patch(tuple(operation for patch in scaled for operation in patch.operations))
         return {tensor.name: tensor for tensor in plan(together, self.folder, self.anatomy).touched}
+
+    def __str__(self) -> str:
+        words = (
+            f"patch {patch.fingerprint[:8]}" + (f" x {scale}" if scale != 1 else "") for patch, scale in self.patches
+        )
+        return " + ".join([str(self.folder), *words])
+
+
+def on_disk(subject: OnDisk | str | os.PathLike[str]) -> OnDisk:
+    """Find the tensors of a subject without loading its model.
+
+    Args:
+        subject: a folder, or the text of a subject, `MODEL[+FILE[@COEFFICIENT]]...`; a steering stands for its patch.
+
+    Raises:
+        SteerError: the text, the model or a file cannot be read; vLLM is asked for; a steering has no patch form.
+    """
+    if isinstance(subject, OnDisk):
+        return subject
+    text = str(os.fspath(subject))
+    if not isinstance(subject, str) or Path(text).is_dir():
+        return OnDisk(Path(text))
+    parsed = parse(text)
+    if parsed.backend != "hf":
+        raise SteerError(f"{text!r} asks for vLLM", "a subject without vllm:", "Its weights are the checkpoint's own")
+    changes = [(load_change(path, parsed.model), scale) for path, scale in parsed.changes]
+    patches = [(each if isinstance(each, Patch) else Patch.from_steering(each), scale) for each, scale in changes]
+    return OnDisk(locate(parsed.model).folder, tuple(patches))
 
 
 @dataclass(frozen=True)
@@ -90,7 +121,7 @@ def _same(name: str, a: Headers, b: Headers, edit_a: Touched | None, edit_b: Tou
     with _open(a.folder / x.file) as left, _open(b.folder / y.file) as right:
         if edit_a is None and edit_b is None:
             return _same_ranges(left, right, x, y)
-        return bool((_patched(left, x, edit_a) == _patched(right, y, edit_b)).all())
+        return bool((patched(left, x, edit_a) == patched(right, y, edit_b)).all())
 
 
 @contextmanager
@@ -116,7 +147,8 @@ def _same_ranges(left: int, right: int, x: Entry, y: Entry) -> bool:
     return True
 
 
-def _patched(source: int, entry: Entry, edit: Touched | None) -> Bytes:
+def patched(source: int, entry: Entry, edit: Touched | None) -> Bytes:
+    """Return the bytes of one tensor of an open file after the operations that touch it."""
     data = read_exactly(source, entry.start, entry.end)
     if edit is not None:
         edit_(torch.from_numpy(data).view(TORCH[entry.dtype]).view(entry.shape), edit.operations, edit.head_width)

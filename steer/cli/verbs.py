@@ -32,6 +32,7 @@ _ALL = (
     Verb("patch thinkedit", "steer.cli.patch.thinkedit", "take a direction out of what chosen heads can write"),
     Verb("apply", "steer.cli.apply", "write a patched checkpoint"),
     Verb("revert", "steer.cli.revert", "give a patched checkpoint its original weights back"),
+    Verb("diff", "steer.cli.diff", "which tensors of two checkpoints differ, by how much and of which rank"),
     Verb("verify", "steer.cli.verify", "measure whether two subjects are the same model"),
 )
 VERBS: dict[str, Verb] = {verb.name: verb for verb in _ALL}
