@@ -6,7 +6,7 @@ BIN := .venv/bin
 export PYTHONNOUSERSITE := 1
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
-.PHONY: help setup demo test check bench browser pins clean
+.PHONY: help setup demo test check bench browser oracle pins clean
 
 help:
 	@grep -E '^# |^[a-z]+:.*## ' Makefile | sed -E 's/^# //; s/:.*## /: /'
@@ -17,7 +17,7 @@ setup: ## make .venv, or repair it; nothing to do the second time
 demo: setup ## the whole loop on the bundled model; leaves demo/report.html
 	@$(BIN)/steer demo
 
-test: check browser ## every check and every test lane
+test: check browser oracle ## every check and every test lane
 	@$(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: setup ## style, types, import rules
@@ -33,9 +33,13 @@ bench: setup ## the numbers of docs/status.md, as JSON
 browser: setup
 	@$(BIN)/python constraints/browser.py
 
+# The tests of merging compare with mergekit, in an environment of its own; where it cannot be had they say so.
+oracle: setup
+	@$(PYTHON) constraints/oracle.py
+
 pins: ## write what .venv holds into constraints/cpu.txt
 	@$(BIN)/python constraints/pins.py
 
 clean: ## remove everything that make has made
-	rm -rf .venv demo build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-oracle demo build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
