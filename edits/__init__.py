@@ -7,17 +7,29 @@ from typing import TYPE_CHECKING
 from steer.lazy import export
 
 if TYPE_CHECKING:
+    from edits.arithmetic import ReasoningVector as ReasoningVector
+    from edits.arithmetic import reasoning_vector as reasoning_vector
     from edits.checkpoint.undo import revert as revert
+    from edits.compatibility import compatibility as compatibility
     from edits.diff import diff as diff
+    from edits.donors import as_patch as as_patch
     from edits.thinkedit import thinkedit as thinkedit
+    from edits.valve import beta_of as beta_of
+    from edits.valve import valve as valve
     from edits.verify import verify as verify
 
 export(
     __name__,
     {
+        "ReasoningVector": "edits.arithmetic",
+        "as_patch": "edits.donors",
+        "beta_of": "edits.valve",
+        "compatibility": "edits.compatibility",
         "diff": "edits.diff",
+        "reasoning_vector": "edits.arithmetic",
         "revert": "edits.checkpoint.undo",
         "thinkedit": "edits.thinkedit",
+        "valve": "edits.valve",
         "verify": "edits.verify",
     },
 )
