@@ -170,7 +170,7 @@ def valve(change: Change, adapter: str | None = None) -> WeightValve | AdapterVa
         return WeightValve(change.patch())
     if isinstance(change, Patch):
         return WeightValve(change)
-    return WeightValve(Patch.load(change) if Path(change).is_file() else as_patch(change))
+    return WeightValve(Patch.load(Path(change)) if Path(change).is_file() else as_patch(change))
 
 
 def beta_of(lengths: Sequence[float]) -> tuple[float, ...]:

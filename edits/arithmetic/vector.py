@@ -318,15 +318,22 @@ class ReasoningVector:
             options["alphas"] = {str(layer): value for layer, value in sorted(self.alphas.items())}
         return Patch(tuple(operations), self._identity(), provenance={"options": options})
 
-    def save(self, path: str | os.PathLike[str], alpha: float = 1.0, overwrite: bool = False) -> Patch:
-        """Write `patch(alpha)` with its differences in float32, as one artifact; return it as written.
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        alpha: float = 1.0,
+        *,
+        base: Named | None = None,
+        force: Sequence[str] = (),
+        overwrite: bool = False,
+    ) -> None:
+        """Write `patch(alpha, base, force)` with its differences in float32, one tensor at a time; `Patch.load` reads it.
 
         Raises:
             SteerError: as `patch`; the name is taken.
             OSError: the disk refuses.
         """
-        self.patch(alpha).save(Path(path), overwrite)
-        return Patch.load(Path(path))
+        self.patch(alpha, base, force).save(Path(path), overwrite)
 
     def _identity(self) -> ModelIdentity | None:
         """The shape of the checkpoints, so that another shape is refused; None for adapters by themselves."""

@@ -30,6 +30,7 @@ _ALL = (
     Verb("probe length", "steer.cli.probe.length", "the direction from short to long thoughts"),
     Verb("probe heads", "steer.cli.probe.heads", "how much each attention head writes against a direction"),
     Verb("patch thinkedit", "steer.cli.patch.thinkedit", "take a direction out of what chosen heads can write"),
+    Verb("patch difference", "steer.cli.patch.difference", "what one checkpoint has beyond another, to add elsewhere"),
     Verb("apply", "steer.cli.apply", "write a patched checkpoint"),
     Verb("revert", "steer.cli.revert", "give a patched checkpoint its original weights back"),
     Verb("diff", "steer.cli.diff", "which tensors of two checkpoints differ, by how much and of which rank"),
