@@ -6,126 +6,71 @@ rounding; the forms agree if their logits differ by at most three times that. Bo
 parameters were cloned, since a parameter that maps a file at an odd address gives other last bits. A checkpoint in
 bf16 stores a rounded change while a hook keeps the exact one; what this rounding alone does to the logits is
 measured too (`cast`), through the weights and not through the hook, and is granted in addition.
+
+The logits are compared on fixed sequences of token ids with the model's marks in them, which reach every phase, and
+along what the first subject itself writes, greedily, to the prompts that are given or built in.
 """
 
 from __future__ import annotations
 
 import copy
-import html
 import os
+import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from edits.checkpoint.compare import OnDisk, same_bytes
+from edits.agreement import Agreement, by_phase, greedy_agreement
+from edits.checkpoint.compare import OnDisk, on_disk, same_bytes
 from steer.errors import SteerError
 from steer.logits import agreement
 from steer.model import SteerableModel, load, wrap
 from steer.patches import Patch
+from steer.phases import states_of
 from steer.prompts import Content
+from steer.sampling import Sampling
 from steer.steering import Steering
-from steer.tables import table
-
-if TYPE_CHECKING:
-    import pandas
+from steer.subjects import open_subject
 
 LARGEST_COPY = 500_000_000
 FACTOR = 3.0
 STATED = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+TOKENS = 32
+QUESTIONS = (
+    "What is 17 + 26?",
+    "A train runs 120 km in 2 hours. How far does it run in 5 hours?",
+    "Which is larger, 3/4 or 5/7? Think, then answer.",
+    "Name a prime number between 20 and 30.",
+)
 Subject = SteerableModel | OnDisk | str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids that are run, and how many of them are the prompt."""
+    """Token ids that are run.
+
+    Attributes:
+        tokens: prompt and reply.
+        length: how many of them are the prompt.
+        marks_from: first token at which a mark counts.
+        written: whether the first subject wrote the reply; else it was made up.
+    """
 
     tokens: tuple[int, ...]
     length: int
+    marks_from: int = 0
+    written: bool = False
 
-
-@dataclass(frozen=True)
-class Agreement:
-    """How two subjects agree.
-
-    Attributes:
-        first, second: their names.
-        passed: no tensor differs, and the logits differ by at most `tolerance` where they were compared.
-        bytes_equal: whether every tensor on disk is equal after the patches; None where a side has no tensors on disk
-            or a change without a patch form.
-        tensors: how many tensors were compared.
-        patched: how many of them a patch touches.
-        differing: names of tensors that differ.
-        max_abs_logit_difference: over all prompts and positions; None where no model was run.
-        kl: mean KL(first || second) in nats per position.
-        top1_agreement: share of positions where both put the same token first.
-        positions: how many were compared.
-        floor: max |logits in fp32 - in fp64| of the second subject; None for a model too large for a copy.
-        cast: max |effect on the logits| of rounding the change to the checkpoint's dtype, where a hook is compared.
-        tolerance: what the logit difference was held against.
-    """
-
-    first: str
-    second: str
-    passed: bool
-    bytes_equal: bool | None = None
-    tensors: int = 0
-    patched: int = 0
-    differing: tuple[str, ...] = ()
-    max_abs_logit_difference: float | None = None
-    kl: float | None = None
-    top1_agreement: float | None = None
-    positions: int = 0
-    floor: float | None = None
-    cast: float | None = None
-    tolerance: float | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as plain data."""
-        return asdict(self) | {"differing": list(self.differing)}
-
-    def rows(self) -> list[tuple[str, str]]:
-        """What was measured, as label and text."""
-        rows = [("first", self.first), ("second", self.second)]
-        words = {None: "not comparable", True: "equal", False: "differ: " + ", ".join(self.differing[:3])}
-        more = f" and {len(self.differing) - 3} more" if len(self.differing) > 3 else ""
-        rows.append(("bytes", f"{words[self.bytes_equal]}{more} ({self.tensors} tensors, {self.patched} patched)"))
-        if self.max_abs_logit_difference is not None:
-            rows += [
-                ("max |logit difference|", f"{self.max_abs_logit_difference:.3g}"),
-                ("tolerance", f"{self.tolerance:.3g}"),
-                ("floor (fp32 against fp64)", "too large a model" if self.floor is None else f"{self.floor:.3g}"),
-                ("KL", f"{self.kl:.3g} nats"),
-                ("same top token", f"{self.top1_agreement:.1%} of {self.positions} positions"),
-            ]
-        if self.cast is not None:
-            rows.append(("effect of the cast", f"{self.cast:.3g}"))
-        return [*rows, ("verdict", "agree" if self.passed else "DISAGREE")]
-
-    def frame(self) -> pandas.DataFrame:
-        """Return one row per measure: first, second, measure, value; `differing` is a count, None was not measured.
-
-        Raises:
-            SteerError: pandas is not installed.
-        """
-        values = asdict(self) | {"differing": len(self.differing)}
-        sides = {name: values.pop(name) for name in ("first", "second")}
-        return table(
-            [sides | {"measure": name, "value": value} for name, value in values.items()], [*sides, "measure", "value"]
-        )
-
-    def __str__(self) -> str:
-        width = max(len(label) for label, _ in self.rows())
-        return "\n".join(f"{label.ljust(width)}  {text}" for label, text in self.rows())
-
-    def _repr_html_(self) -> str:
-        cells = (f"<tr><th>{html.escape(label)}</th><td>{html.escape(text)}</td></tr>" for label, text in self.rows())
-        return f"<table>{''.join(cells)}</table>"
+    @property
+    def reply(self) -> tuple[int, int]:
+        """Where a written reply begins, and its length; 0 where it was made up."""
+        return self.length, len(self.tokens) - self.length if self.written else 0
 
 
 def verify(
@@ -135,21 +80,27 @@ def verify(
     *,
     weights_only: bool = False,
     tolerance: float | None = None,
+    tokens: int = TOKENS,
 ) -> Agreement:
     """Measure whether two subjects are the same model.
 
     Args:
-        first: a model, a view of one (`m.with_(patch)`), the folder of a checkpoint, or one with patches (`OnDisk`).
+        first: a model, a view of one (`m.with_(patch)`), the folder of a checkpoint, one with patches (`OnDisk`), or
+            the text of a subject, `MODEL[+FILE[@COEFFICIENT]]...`.
         second: likewise; its rounding is the floor.
-        prompts: texts or chat messages to compare on, beside fixed sequences of token ids with the model's marks in
-            them, which reach every phase.
+        prompts: texts or chat messages to reply to; None takes `QUESTIONS`. They come beside fixed sequences of token
+            ids and need a tokenizer.
         weights_only: compare tensors on disk and load nothing that is not loaded.
         tolerance: largest logit difference that passes; by default 3 x (floor + cast), and for models above
             `LARGEST_COPY` parameters, which run in their own dtype, `STATED` times the largest logit.
+        tokens: how many the first subject writes to each prompt at most; 0 replies to none.
 
     Raises:
-        SteerError: no checkpoint in a folder; `weights_only` for something that is not on disk; another vocabulary.
+        SteerError: no checkpoint in a folder; `weights_only` for something that is not on disk; another vocabulary;
+            a negative number of tokens.
     """
+    if tokens < 0:
+        raise SteerError(f"replies of {tokens} tokens", "0 or more")
     names = (_name(first), _name(second))
     sides = (_on_disk(first), _on_disk(second))
     found: dict[str, Any] = {"bytes_equal": None}
@@ -170,7 +121,7 @@ def verify(
         )
     if weights_only:
         return Agreement(names[0], names[1], bool(found["bytes_equal"]), **found)
-    measured = _compare_logits(_opened(first), _opened(second), prompts, tolerance)
+    measured = _compare_logits(_opened(first), _opened(second), prompts, tolerance, tokens)
     close = measured["max_abs_logit_difference"] <= measured["tolerance"]
     return Agreement(names[0], names[1], close and found["bytes_equal"] is not False, **found, **measured)
 
@@ -181,7 +132,7 @@ def _name(subject: Subject) -> str:
     elif isinstance(subject, OnDisk):
         base, changes = str(subject.folder), subject.patches
     else:
-        base, changes = str(Path(subject)), ()
+        base, changes = str(os.fspath(subject)), ()
     words = [
         f"{type(change).__name__.lower()} {change.fingerprint[:8]}" + (f" x {c}" if c != 1 else "")
         for change, c in changes
@@ -193,7 +144,8 @@ def _opened(subject: Subject) -> SteerableModel:
     if isinstance(subject, SteerableModel):
         return subject
     if not isinstance(subject, OnDisk):
-        return load(Path(subject))
+        is_text = isinstance(subject, str) and not Path(subject).is_dir()
+        return open_subject(str(subject)) if is_text else load(Path(subject))
     model = load(subject.folder, anatomy=subject.anatomy)
     for patch, scale in subject.patches:
         model = model.with_(patch, coefficient=scale)
@@ -205,7 +157,7 @@ def _on_disk(subject: Subject) -> OnDisk | None:
     if isinstance(subject, OnDisk):
         return subject
     if not isinstance(subject, SteerableModel):
-        return OnDisk(Path(subject))
+        return on_disk(subject)
     if subject.path is None:
         return None
     patches = []
@@ -218,7 +170,11 @@ def _on_disk(subject: Subject) -> OnDisk | None:
 
 
 def _compare_logits(
-    first: SteerableModel, second: SteerableModel, prompts: Sequence[Content] | None, tolerance: float | None
+    first: SteerableModel,
+    second: SteerableModel,
+    prompts: Sequence[Content] | None,
+    tolerance: float | None,
+    tokens: int,
 ) -> dict[str, Any]:
     if first.anatomy.vocab != second.anatomy.vocab:
         raise SteerError(
@@ -226,18 +182,23 @@ def _compare_logits(
             "two models of one vocabulary",
             "Compare each with its own base",
         )
-    chosen = fixed_prompts(first) + _rendered(first, prompts or ())
     small = max(sum(p.numel() for p in model.hf.parameters()) for model in (first, second)) <= LARGEST_COPY
     precision = torch.float32 if small else None
-    a, b = _logits(first, chosen, precision), _logits(second, chosen, precision)
+    running = _copied(first, precision)
+    chosen = fixed_prompts(first) + _written(running, QUESTIONS if prompts is None else prompts, tokens)
+    pieces = _logits(running, chosen), _logits(_copied(second, precision), chosen)
+    a, b = (torch.cat(piece) for piece in pieces)
     floor = cast = None
     if small:
-        floor = _gap(b, _logits(second, chosen, torch.float64))
+        floor = _gap(b, torch.cat(_logits(_copied(second, torch.float64), chosen)))
         cast = max(filter(None, (_cast(first, second, chosen), _cast(second, first, chosen))), default=None)
     if tolerance is None:
         own = STATED[min((first.dtype, second.dtype), key=lambda dtype: dtype.itemsize)] * float(b.abs().max())
         tolerance = own if floor is None else FACTOR * (floor + (cast or 0.0))
     result = agreement(a, b)
+    states = [
+        state for prompt in chosen for state in states_of(prompt.tokens, prompt.length, first.marks, prompt.marks_from)
+    ]
     return {
         "max_abs_logit_difference": result.max_difference,
         "kl": result.mean_kl,
@@ -246,6 +207,8 @@ def _compare_logits(
         "floor": floor,
         "cast": cast,
         "tolerance": tolerance,
+        "phases": by_phase(a, b, states, first.marks.exist),
+        "greedy": greedy_agreement(*pieces, [prompt.reply for prompt in chosen]),
     }
 
 
@@ -260,34 +223,35 @@ def fixed_prompts(model: SteerableModel) -> list[Prompt]:
     found = []
     for count in (1, 6, 12, 20):
         prompt = tokens(count)
-        found.append(Prompt((*prompt, *tokens(2), *opening, *tokens(count), *closing, *tokens(4)), count))
+        reply = (*tokens(2), *opening, *tokens(count), *closing, *tokens(4))
+        found.append(Prompt((*prompt, *reply), count, model.marks.raw_text_start(prompt)))
     return found
 
 
-def _rendered(model: SteerableModel, contents: Sequence[Content]) -> list[Prompt]:
-    generator = torch.Generator().manual_seed(0)
-    found = []
-    for content in contents:
-        prompt = [int(token) for token in model.render(content).token_ids]
-        reply = torch.randint(model.anatomy.vocab, (8,), generator=generator).tolist()
-        found.append(Prompt((*prompt, *reply), len(prompt)))
-    return found
+def _written(model: SteerableModel, contents: Sequence[Content], tokens: int) -> list[Prompt]:
+    """Let a subject reply to prompts, taking the most likely token each time."""
+    if not contents or not tokens or model.tokenizer is None:
+        return []
+    sampling = Sampling(temperature=0.0, max_new_tokens=tokens)
+    with warnings.catch_warnings():  # A reply that never thinks says nothing about the hook; fixed prompts reach it.
+        warnings.filterwarnings("ignore", "The steering touched 0 positions")
+        traces = model.generate(list(contents), sampling=sampling)
+    return [Prompt(t.tokens, t.prompt_length, t.generation_prompt_start, written=True) for t in traces]
 
 
 def _gap(a: Tensor, b: Tensor) -> float:
     return float((a.double() - b.double()).abs().max())
 
 
-def _logits(
-    model: SteerableModel, prompts: Sequence[Prompt], dtype: torch.dtype | None
-) -> Float[Tensor, "position vocab"]:
-    """Run a subject; with a dtype, as a copy of its weights in that dtype, taken under its patches."""
-    running = model if dtype is None else _copied(model, dtype)
-    lengths = [prompt.length for prompt in prompts]
-    return torch.cat([values.cpu() for values in running.run([prompt.tokens for prompt in prompts], lengths)])
+def _logits(model: SteerableModel, prompts: Sequence[Prompt]) -> list[Float[Tensor, "_ vocab"]]:
+    lengths, starts = [prompt.length for prompt in prompts], [prompt.marks_from for prompt in prompts]
+    return [values.cpu() for values in model.run([prompt.tokens for prompt in prompts], lengths, starts)]
 
 
-def _copied(model: SteerableModel, dtype: torch.dtype) -> SteerableModel:
+def _copied(model: SteerableModel, dtype: torch.dtype | None) -> SteerableModel:
+    """Copy a subject's weights in a dtype, taken under its patches; None leaves it as it is."""
+    if dtype is None:
+        return model
     with ExitStack() as stack:
         for change, scale in model.changes:
             if isinstance(change, Patch):
@@ -318,4 +282,4 @@ def _cast(hook: SteerableModel, other: SteerableModel, prompts: Sequence[Prompt]
     stored, exact = plain, _copied(plain, torch.float32)
     for patch, scale in disk.patches:
         stored, exact = stored.with_(patch, coefficient=scale), exact.with_(patch, coefficient=scale)
-    return _gap(_logits(stored, prompts, torch.float32), _logits(exact, prompts, None))
+    return _gap(torch.cat(_logits(_copied(stored, torch.float32), prompts)), torch.cat(_logits(exact, prompts)))

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -178,12 +179,91 @@ def test_large_models_run_in_their_own_dtype_with_a_stated_tolerance(
 def test_prompts_and_tolerance_can_be_given(pair: tuple[steer.SteerableModel, Path]) -> None:
     model, done = pair
     words = ["hello why", [{"role": "user", "content": "1 + 2"}]]
-    fixed = edits.verify(model.with_(patch()), done).positions
-    assert fixed + 16 < edits.verify(model.with_(patch()), done, words).positions < fixed + 60
-    assert edits.verify(model.with_(patch()), done, []).positions == fixed
+    fixed = edits.verify(model.with_(patch()), done, []).positions
+    assert edits.verify(model.with_(patch()), done, tokens=0).positions == fixed
+    found = edits.verify(model.with_(patch()), done, words, tokens=5)
+    assert found.greedy is not None and found.greedy.replies == 2 and found.greedy.tokens <= 10
+    assert fixed + 10 < found.positions < fixed + 60
     assert not edits.verify(model.with_(patch().steering()), done, words, tolerance=0).passed
     loose = edits.verify(model.with_(patch()), done, tolerance=1e9)
     assert loose.passed and loose.tolerance == 1e9
+    with pytest.raises(SteerError, match="-1"):
+        edits.verify(model, done, tokens=-1)
+
+
+def test_the_measures_of_every_phase_are_those_of_a_loop(pair: tuple[steer.SteerableModel, Path]) -> None:
+    """Marks found by hand in the fixed prompts; KL and top tokens in numpy, from logits that transformers computes."""
+    from edits.verify import fixed_prompts
+
+    model, other = pair[0], steer.load(pair[1], self_check=False)
+    found = edits.verify(model, other, [])
+    opening, closing = (mark[0][0] for mark in (model.marks.opening, model.marks.closing))
+    rows: dict[str, list[tuple[float, bool, float]]] = {}
+    for prompt in fixed_prompts(model):
+        ids = torch.tensor([prompt.tokens])
+        with torch.no_grad():
+            p, q = (np.asarray(each.hf(ids).logits[0].double()) for each in (model, other))
+        for place in range(len(prompt.tokens)):
+            before = list(prompt.tokens[prompt.length :]) if place >= prompt.length else []
+            before = before[: place - prompt.length + 1]
+            word = "prompt" if place < prompt.length - 1 else "opening"
+            for token in before:
+                word = {opening: "thinking", closing: "answer"}.get(token, word)
+            log_p, log_q = (each[place] - np.logaddexp.reduce(each[place]) for each in (p, q))
+            kl = float(np.sum(np.exp(log_p) * (log_p - log_q)))
+            largest = float(np.abs(p[place] - q[place]).max())
+            rows.setdefault(word, []).append((kl, bool(log_p.argmax() == log_q.argmax()), largest))
+    assert {each.phase for each in found.phases} == set(rows) == {"prompt", "opening", "thinking", "answer"}
+    for each in found.phases:
+        kl, top, largest = (np.array(column) for column in zip(*rows[each.phase], strict=True))
+        assert each.positions == len(kl) and each.kl == pytest.approx(kl.mean(), rel=1e-3, abs=1e-7)
+        assert each.top1_agreement == top.mean() and each.max_abs_logit_difference == pytest.approx(largest.max(), 1e-3)
+    assert found.kl == pytest.approx(sum(each.kl * each.positions for each in found.phases) / found.positions)
+    assert all(f"in {each.phase}" in str(found) for each in found.phases)
+
+
+def test_greedy_replies_are_those_that_each_side_writes(pair: tuple[steer.SteerableModel, Path]) -> None:
+    """Both sides write on their own, token by token, without a cache; where they part is counted by hand."""
+    model, other = pair[0], steer.load(pair[1], self_check=False)
+    words = ["hello why", "1 + 2", "so wait", "the answer is"]
+    agreed, same, total, earliest = 0, 0, 0, []
+    for text in words:
+        ids = list(model.render([{"role": "user", "content": text}]).token_ids)
+        replies = []
+        for each in (model, other):
+            line = list(ids)
+            for _ in range(12):
+                with torch.no_grad():
+                    line.append(int(each.hf(torch.tensor([line])).logits[0, -1].argmax()))
+                if line[-1] == 2:
+                    break
+            replies.append(line[len(ids) :])
+        until = next((i for i, (x, y) in enumerate(zip(*replies, strict=False)) if x != y), len(replies[0]))
+        agreed, total, same = agreed + until, total + len(replies[0]), same + (until == len(replies[0]))
+        earliest += [until] if until < len(replies[0]) else []
+    assert same < 4, "the patch changes a reply"
+    found = edits.verify(model, other, words, tokens=12).greedy
+    assert found is not None
+    assert (found.replies, found.same, found.tokens, found.agreed) == (4, same, total, agreed)
+    assert found.first_difference == min(earliest) and f"token {min(earliest)}" in str(
+        edits.verify(model, other, words)
+    )
+    equal = edits.verify(model, model, words, tokens=12).greedy
+    assert equal is not None and equal.same == 4 and equal.agreed == equal.tokens and equal.first_difference is None
+
+
+def test_a_model_without_marks_or_tokenizer_has_two_phases_and_no_replies() -> None:
+    model = steer.wrap(tiny.build("llama").model, self_check=False)
+    found = edits.verify(model, model)
+    assert [each.phase for each in found.phases] == ["prompt", "generated"] and found.greedy is None
+
+
+def test_subjects_are_texts_too(pair: tuple[steer.SteerableModel, Path], tmp_path: Path) -> None:
+    patch().save(tmp_path / "p.safetensors")
+    text = f"{pair[0].path}+{tmp_path / 'p.safetensors'}"
+    found = edits.verify(text, pair[1])
+    assert found.passed and found.bytes_equal and found.first == text
+    assert not edits.verify(f"{text}@0.5", pair[1], weights_only=True).passed
 
 
 def test_prompts_reach_every_phase_of_a_thinking_model(pair: tuple[steer.SteerableModel, Path]) -> None:
@@ -220,9 +300,15 @@ def test_an_agreement_is_a_table_with_a_row_per_measure(pair: tuple[steer.Steera
     assert list(frame.columns) == ["first", "second", "measure", "value"]
     assert set(frame["second"]) == {found.second}
     values = dict(zip(frame["measure"], frame["value"], strict=True))
-    assert values == {name: value for name, value in found.to_dict().items() if name not in ("first", "second")} | {
-        "differing": 0
+    flat = {
+        name: value
+        for name, value in found.to_dict().items()
+        if name not in ("first", "second", "phases", "greedy", "differing")
     }
+    assert {name: values[name] for name in flat} == flat and values["differing"] == 0
+    assert values["kl_thinking"] == next(each.kl for each in found.phases if each.phase == "thinking")
+    assert values["greedy_tokens"] == found.greedy.tokens
+    assert len(values) == len(flat) + 1 + 4 * len(found.phases) + 5
     wrong: Any = edits.verify(pair[0], pair[1], weights_only=True)
     values = dict(zip(wrong.frame()["measure"], wrong.frame()["value"], strict=True))
     assert (values["passed"], values["differing"], values["kl"]) == (False, len(wrong.differing), None)
