@@ -58,26 +58,31 @@ def read_exactly(source: int, start: int, end: int) -> Bytes:
     return buffer
 
 
+def seen(data: Bytes | bytes) -> memoryview:
+    """Return the bytes without a copy, as hashes and files take them."""
+    return data.data if isinstance(data, np.ndarray) else memoryview(data)
+
+
 def write_all(target: int, data: Bytes | bytes, start: int) -> None:
     """Write all of `data` at byte `start` of an open file, however short the kernel's writes are."""
-    view, done = data.data if isinstance(data, np.ndarray) else memoryview(data), 0
+    view, done = seen(data), 0
     while done < len(view):
         done += os.pwrite(target, view[done : done + STEP], start + done)
 
 
-def copy_range(source: int, target: int, start: int, end: int) -> None:
-    """Copy bytes `start` to `end` to the same place of another open file, in the kernel where it can.
+def copy_range(source: int, target: int, start: int, end: int, at: int | None = None) -> None:
+    """Copy bytes `start` to `end` to byte `at` of another open file (the same place if not given), by the kernel where it can.
 
     Raises:
         SteerError: the source ends too early.
         OSError: the disk refuses.
     """
-    position, kernel = start, hasattr(os, "copy_file_range")
+    position, kernel, shift = start, hasattr(os, "copy_file_range"), 0 if at is None else at - start
     while position < end:
         count = min(end - position, STEP)
         if kernel:
             try:
-                copied = os.copy_file_range(source, target, count, position, position)
+                copied = os.copy_file_range(source, target, count, position, position + shift)
             except OSError as error:
                 if error.errno not in _NO_KERNEL_COPY:
                     raise
@@ -88,7 +93,7 @@ def copy_range(source: int, target: int, start: int, end: int) -> None:
                 continue
         else:
             block = os.pread(source, min(count, 1 << 23), position)
-            write_all(target, block, position)
+            write_all(target, block, position + shift)
             copied = len(block)
         if copied == 0:
             raise _short(position)
@@ -140,13 +145,17 @@ def _copy_in_steps(source: int, target: int, start: int, end: int, progress: Cal
         progress(stop - position)
 
 
-def safetensors_header(entries: Mapping[str, tuple[str, tuple[int, ...], int]]) -> bytes:
+def safetensors_header(
+    entries: Mapping[str, tuple[str, tuple[int, ...], int]], metadata: Mapping[str, str] | None = None
+) -> bytes:
     """Return the header of a safetensors file whose tensors follow in the order given.
 
     Args:
         entries: name -> (dtype as safetensors spells it, shape, bytes).
+        metadata: of the file; transformers wants `format`.
     """
-    described, offset = {}, 0
+    described: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
+    offset = 0
     for name, (dtype, shape, size) in entries.items():
         described[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + size]}
         offset += size
