@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from edits.compatibility import compatibility as compatibility
     from edits.diff import diff as diff
     from edits.donors import as_patch as as_patch
+    from edits.lora.export import export_lora as export_lora
+    from edits.lora.extract import extract_lora as extract_lora
+    from edits.merge.run import merge as merge
     from edits.thinkedit import thinkedit as thinkedit
     from edits.valve import beta_of as beta_of
     from edits.valve import valve as valve
@@ -27,7 +30,10 @@ export(
         "compatibility": "edits.compatibility",
         "diff": "edits.diff",
         "reasoning_vector": "edits.arithmetic",
+        "merge": "edits.merge",
         "revert": "edits.checkpoint.undo",
+        "export_lora": "edits.lora.export",
+        "extract_lora": "edits.lora.extract",
         "thinkedit": "edits.thinkedit",
         "valve": "edits.valve",
         "verify": "edits.verify",

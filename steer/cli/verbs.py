@@ -35,6 +35,7 @@ _ALL = (
     Verb("revert", "steer.cli.revert", "give a patched checkpoint its original weights back"),
     Verb("diff", "steer.cli.diff", "which tensors of two checkpoints differ, by how much and of which rank"),
     Verb("verify", "steer.cli.verify", "measure whether two subjects are the same model"),
+    Verb("export", "steer.cli.export", "hand a change to other programs, such as a LoRA adapter"),
 )
 VERBS: dict[str, Verb] = {verb.name: verb for verb in _ALL}
 GROUPS: dict[str, str] = {

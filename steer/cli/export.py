@@ -1,0 +1,105 @@
+"""`steer export`: hand a change to other programs, in their format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from edits.lora import Adapter, export_lora, extract_lora
+from steer.cli.options import Json, Out, Quiet, Seed
+from steer.cli.output import Output
+from steer.errors import SteerError
+from steer.patches import Patch
+from steer.steering import Steering
+from steer.subjects import load_change
+
+FORMATS = ("lora",)
+
+
+def command(
+    change: Annotated[
+        str,
+        typer.Argument(
+            metavar="FILE",
+            show_default=False,
+            help="A patch, or a steering that has a patch form; with --base a tuned checkpoint.",
+        ),
+    ],
+    out: Out,
+    form: Annotated[str, typer.Option("--as", help=f"The format: {', '.join(FORMATS)}.", show_default=False)],
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help="The checkpoint it is for; where it was made if not given.", show_default=False),
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option("--base", help="Extract an adapter from the difference to this checkpoint.", show_default=False),
+    ] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option("--rank", min=1, help="Rank of dense differences; needed with --base.", show_default=False),
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="Of the factors: float32, float64, bfloat16 or float16.")
+    ] = "float32",
+    allow_rest: Annotated[
+        bool, typer.Option("--allow-rest", help="With --base: leave out, and list, what cannot be in an adapter.")
+    ] = False,
+    anatomy: Annotated[Path | None, typer.Option("--anatomy", help="Your record of an unknown family.")] = None,
+    seed: Seed = 0,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Hand a change to other programs: as a LoRA adapter (PEFT, vLLM), exported or extracted from two checkpoints."""
+    output = Output(json, quiet)
+    if form not in FORMATS:
+        raise SteerError(
+            f"there is no export as {form!r}",
+            f"one of {', '.join(FORMATS)}",
+            "A checkpoint for any engine is written by `steer apply`",
+        )
+    if base is not None:
+        made = _extracted(change, base, out, rank, allow_rest, dtype, anatomy, seed, output)
+    else:
+        if allow_rest:
+            raise SteerError(
+                "--allow-rest was given without --base", "a checkpoint to compare with", "See `steer export --help`"
+            )
+        found = load_change(Path(change), model, anatomy)
+        where = model or _model_of(found, change)
+        made = export_lora(found, where, out, rank=rank, dtype=dtype, anatomy=anatomy, seed=seed)
+    rows = [(row.matrix, row.rank, row.norm, row.relative, row.error) for row in made.rows]
+    output.table(str(made), ["matrix", "rank", "norm", "relative", "error"], rows)
+    output.text(f"Run it with PEFT, or with `steer generate {base or model or made.base}+{out}`")
+    output.result(made.to_dict())
+
+
+def _extracted(
+    tuned: str,
+    base: str,
+    out: Path,
+    rank: int | None,
+    allow_rest: bool,
+    dtype: str,
+    anatomy: Path | None,
+    seed: int,
+    output: Output,
+) -> Adapter:
+    if rank is None:
+        raise SteerError("no rank was named", "--rank R, such as 32", "The table reports the error, so try a few")
+    with output.progress("extracting") as bar:
+        return extract_lora(
+            base, tuned, rank, out, allow_rest=allow_rest, dtype=dtype, anatomy=anatomy, seed=seed, progress=bar.add
+        )
+
+
+def _model_of(change: Patch | Steering, file: str) -> str:
+    """Return the name of the model that a change was made on."""
+    if change.model is None or not change.model.name:
+        raise SteerError(
+            f"{file} does not say which model it is for", "a checkpoint, whose weights the factors are made from",
+            "Name it with --model MODEL",
+        )  # fmt: skip
+    return change.model.name

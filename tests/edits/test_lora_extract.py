@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from edits.lora import extract_lora
+from edits.lora.disk import checkpoint
+from steer import adapters
+from steer.operations import AddLowRank
+from tests import tiny
+from tests.edits.material import contents
+from tests.steer.made import refused
+
+Folder = Callable[..., Path]
+Change = Callable[[str, torch.Tensor], torch.Tensor]
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def tuned(base: Path, folder: Path, change: Change) -> Path:
+    """Copy a checkpoint with every tensor changed."""
+    folder.mkdir()
+    for path in base.iterdir():
+        if path.suffix != ".safetensors":
+            (folder / path.name).write_bytes(path.read_bytes())
+    tensors = load_file(base / "model.safetensors")
+    changed = {name: change(name, tensor).contiguous() for name, tensor in tensors.items()}
+    save_file(changed, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def by_rank(rank: int, size: float = 0.01) -> Change:
+    """Add a product of `rank` to every projection."""
+
+    def change(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if "_proj" not in name:
+            return tensor
+        seed = sum(name.encode())
+        return tensor + size * random(tensor.shape[0], rank, seed=seed) @ random(rank, tensor.shape[1], seed=seed + 1)
+
+    return change
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama", "phi3", "qwen3_moe"])
+def test_a_difference_of_low_rank_is_extracted_whole(tiny_folder: Folder, tmp_path: Path, family: str) -> None:
+    base = tiny_folder(family)
+    other = tuned(base, tmp_path / "tuned", lambda name, x: by_rank(3)(name, x) if x.ndim > 1 else x)
+    made = extract_lora(base, other, 5, tmp_path / "a")
+    assert set(made.ranks) == {3}
+    assert made.error < 1e-5
+    assert made.left == ()
+    first, second = checkpoint(base), checkpoint(other)
+    read = adapters.read(tmp_path / "a", first.anatomy)
+    projections = [name for name, shape in first.headers.shapes.items() if "_proj" in name and len(shape) > 1]
+    assert len(read.matrices) == len(made.rows) == len(projections)
+    for matrix, (operation,) in read.matrices.items():
+        assert isinstance(operation, AddLowRank)
+        wanted = second.matrix(matrix) - first.matrix(matrix)
+        assert float((operation.weight * operation.B @ operation.A - wanted).abs().max()) < 1e-6
+
+
+def test_the_error_is_that_of_the_singular_values_cut_off(tiny_folder: Folder, tmp_path: Path) -> None:
+    base = tiny_folder("qwen3")
+    name = "model.layers.1.mlp.gate_proj.weight"
+    delta = random(64, 48)
+    other = tuned(base, tmp_path / "tuned", lambda at, x: x + delta if at == name else x)
+    singular = torch.linalg.svdvals(
+        (load_file(other / "model.safetensors")[name] - load_file(base / "model.safetensors")[name]).double()
+    )
+    for rank in (1, 8, 48):
+        made = extract_lora(base, other, rank, tmp_path / f"a{rank}")
+        (row,) = made.rows
+        assert (row.matrix, row.rank) == (name, rank)
+        assert row.norm == pytest.approx(float(singular.norm()), rel=1e-5)
+        assert row.error == pytest.approx(float(singular[rank:].norm() / singular.norm()), rel=1e-2, abs=1e-6)
+        assert made.error == pytest.approx(row.error)
+
+
+def test_bfloat16_checkpoints_differ_by_what_is_stored(tiny_folder: Folder, tmp_path: Path) -> None:
+    base = tiny_folder("qwen3", dtype=torch.bfloat16)
+    other = tuned(
+        base, tmp_path / "tuned", lambda at, x: (x.float() + 0.1 * random(*x.shape)).bfloat16() if "q_proj" in at else x
+    )
+    made = extract_lora(base, other, 64, tmp_path / "a")
+    assert len(made.rows) == 4
+    assert made.error < 1e-6
+    assert {tensor.dtype for tensor in load_file(tmp_path / "a" / "adapter_model.safetensors").values()} == {
+        torch.float32
+    }
+
+
+def test_what_cannot_be_in_an_adapter_is_named_or_listed(tiny_folder: Folder, tmp_path: Path) -> None:
+    base = tiny_folder("llama")
+    odd = ("model.norm.weight", "model.embed_tokens.weight", "model.layers.2.self_attn.q_proj.bias")
+
+    def change(name: str, x: torch.Tensor) -> torch.Tensor:
+        return x * 1.01 if name in odd else by_rank(2)(name, x) if x.ndim > 1 else x
+
+    other = tuned(base, tmp_path / "tuned", change)
+    refused(
+        lambda: extract_lora(base, other, 2, tmp_path / "a"), "3 tensors", *odd[::2], "embedding", "relative difference 0.01",
+        "--allow-rest", "steer patch difference",
+    )  # fmt: skip
+    assert not (tmp_path / "a").exists()
+    made = extract_lora(base, other, 2, tmp_path / "a", allow_rest=True)
+    assert {row.tensor for row in made.left} == {odd[0], "embedding", odd[2]}
+    assert all(row.relative == pytest.approx(0.01, rel=1e-3) for row in made.left)
+    assert "not in it: embedding" in str(made)
+    left = sum(row.norm**2 for row in made.left)
+    assert made.error == pytest.approx((left / (left + sum(row.norm**2 for row in made.rows))) ** 0.5, rel=1e-4)
+    story = json.loads((tmp_path / "a" / "steer" / "adapter.json").read_text())
+    assert len(story["left"]) == 3
+    assert story["rank"] == 2
+
+
+def test_the_seed_decides_and_the_same_seed_gives_the_same_bytes(tiny_folder: Folder, tmp_path: Path) -> None:
+    base = tiny_folder("qwen3")
+    other = tuned(base, tmp_path / "tuned", by_rank(40))
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        extract_lora(base, other, 2, tmp_path / name, seed=seed)
+    first, again, new = (contents(tmp_path / name)["adapter_model.safetensors"] for name in "abc")
+    assert first == again
+    assert first != new
+
+
+def test_tensors_are_counted_as_they_are_done(tiny_folder: Folder, tmp_path: Path) -> None:
+    base = tiny_folder("qwen3_moe")
+    counts: list[int] = []
+    extract_lora(base, tuned(base, tmp_path / "tuned", by_rank(1)), 1, tmp_path / "a", progress=counts.append)
+    assert sum(counts) == len(checkpoint(base).headers.tensors)
+    assert min(counts) > 0
+
+
+def test_checkpoints_that_do_not_go_together_are_refused(tiny_folder: Folder, tmp_path: Path) -> None:
+    base = tiny_folder("qwen3")
+    refused(lambda: extract_lora(base, base, 4, tmp_path / "a"), "no projection", "differs")
+    refused(lambda: extract_lora(base, base, 0, tmp_path / "a"), "rank is 0")
+    refused(lambda: extract_lora(base, tiny_folder("olmo2"), 4, tmp_path / "a"), "alone", "same tensors")
+    model, _ = tiny.build("qwen3", vocab_size=64)
+    model.save_pretrained(tmp_path / "wide")
+    refused(lambda: extract_lora(base, tmp_path / "wide", 4, tmp_path / "a"), "shape", "vocabulary", "steer merge")
+    assert not (tmp_path / "a").exists()
