@@ -20,11 +20,13 @@ import torch
 from torch import Tensor
 
 from steer import form_table
+from steer.conflicts import noted
 from steer.directions import unit_vector
 from steer.errors import SteerError
 from steer.form_table import Form, Verdict
 from steer.identity import check_same
 from steer.interventions import Intervention, ProjectOut
+from steer.operations import AddDense, AddLowRank, Matrix, Operation, ProjectColumns
 from steer.patches import Patch
 from steer.steering import Steering
 from steer.tables import table
@@ -40,11 +42,6 @@ LATER = {
     "vllm": (
         "vLLM can express this, but its back end is not in this version",
         "Use the hook form, or serve the patched checkpoint",
-    ),
-    "patch": ("a patch can express this, but this version edits attention outputs per head only", "Use the hook form"),
-    "lora": (
-        "an adapter can express this, but the export of adapters is not in this version",
-        "Use the patch or the hook form",
     ),
 }
 
@@ -158,7 +155,7 @@ def _of_steering(steering: Steering, target: Target, form: Form) -> list[Row]:
         for verdict in _verdicts(intervention, target, form):
             if form == "lora" and verdict.reason is None:
                 verdict = replace(verdict, note=_rank_note(_projected(steering, intervention.site), verdict.layers))
-            rows.append(_row(change, verdict, target, form, intervention.site))
+            rows.append(_row(change, verdict, target, form))
     return rows
 
 
@@ -172,32 +169,73 @@ def _verdicts(intervention: Intervention, target: Target, form: Form) -> list[Ve
 
 def _of_patch(patch: Patch, target: Target, form: Form) -> list[Row]:
     check_same(patch.model, target.identity, "the patch")
-    rows = []
-    for module in dict.fromkeys(matrix.module for matrix in patch.matrices):
-        touched = {matrix: operations for matrix, operations in patch.matrices.items() if matrix.module == module}
-        vectors: dict[int, list[Tensor]] = {}
-        for matrix, operations in touched.items():
-            shape = target.anatomy.shape(module, matrix.layer)
-            for operation in operations:
-                operation.check((shape[0], shape[1]), target.anatomy.heads)
-                vectors.setdefault(matrix.layer, []).append(operation.tensors["vector"])
-        heads = len(
-            {
-                (matrix, head)
-                for matrix, operations in touched.items()
-                for operation in operations
-                for head in operation.heads or ()
-            }
-        )
-        layers = tuple(matrix.layer for matrix in touched)
-        note = {"lora": _rank_note(vectors, layers), "vllm": form_table.SERVED}.get(
-            form, form_table.counted(heads, "head")
-        )
-        rows.append(_row("patch", Verdict(module.replace("_", " "), layers, note=note), target, form, "head_out"))
-    return rows
+    grouped: dict[str, dict[Matrix, tuple[Operation, ...]]] = {}
+    for matrix, operations in patch.matrices.items():
+        _check(matrix, operations, target)
+        grouped.setdefault(_what(matrix), {})[matrix] = operations
+    return [_row("patch", _patched(what, touched, form), target, form) for what, touched in grouped.items()]
 
 
-def _row(change: str, verdict: Verdict, target: Target, form: Form, site: str) -> Row:
+def _what(matrix: Matrix) -> str:
+    if matrix.raw:
+        return "tensors by name"
+    return matrix.module.replace("_", " ") + (" bias" if matrix.bias else "")
+
+
+def _check(matrix: Matrix, operations: tuple[Operation, ...], target: Target) -> None:
+    """Refuse operations that do not fit the matrix, as far as the anatomy counts it."""
+    if matrix.module not in ("attention_output", "mlp_output"):
+        return
+    out, into = target.anatomy.shape(matrix.module, matrix.layer)
+    for operation in operations:
+        operation.check((out, 1 if matrix.bias else into), target.anatomy.heads)
+
+
+def _patched(what: str, touched: dict[Matrix, tuple[Operation, ...]], form: Form) -> Verdict:
+    layers = tuple(sorted({matrix.layer for matrix in touched if matrix.layer >= 0}))
+    operations = [operation for found in touched.values() for operation in found]
+    heads = {(operation.matrix, head) for operation in operations for head in operation.heads or ()}
+    counted = form_table.counted(len(heads), "head") if heads else f"{len(touched)} matrices"
+    if form == "patch":
+        return Verdict(what, layers, note="; ".join(filter(None, [counted, noted(touched)])))
+    if form == "vllm":
+        return Verdict(what, layers, note=form_table.SERVED)
+    if form == "hook":
+        by_heads = all(isinstance(each, ProjectColumns) and each.heads for each in operations)
+        if by_heads:
+            return Verdict(what, layers, note=counted)
+        return Verdict(
+            what, layers, "only projections of heads go back into a hook", "Use `patch.on(model)`", note=counted
+        )
+    return _adapted(what, layers, operations)
+
+
+def _adapted(what: str, layers: tuple[int, ...], operations: list[Operation]) -> Verdict:
+    """What an adapter can say of operations on matrices of one kind."""
+    vectors: dict[int, list[Tensor]] = {}
+    more: dict[Matrix, int] = {}
+    for operation in operations:
+        if isinstance(operation, ProjectColumns):
+            vectors.setdefault(operation.layer, []).append(operation.vector)
+        elif isinstance(operation, AddLowRank):
+            more[operation.matrix] = more.get(operation.matrix, 0) + operation.A.shape[0]
+        elif isinstance(operation, AddDense):
+            return Verdict(
+                what,
+                layers,
+                "a dense difference has no exact factors",
+                "Take the best of a rank: `steer export --rank R`",
+            )
+        else:
+            name = str(operation.as_json()["operation"])
+            return Verdict(
+                what, layers, f"{name} is no change of low rank, and an adapter holds no bias", "Use the patch itself"
+            )
+    ranks = [_rank(found) for found in vectors.values()]
+    return Verdict(what, layers, note=f"rank {max(ranks, default=0) + max(more.values(), default=0)}")
+
+
+def _row(change: str, verdict: Verdict, target: Target, form: Form) -> Row:
     reason, remedy = verdict.reason, verdict.remedy
     if reason is None and form == "patch" and target.quantised:
         reason, remedy = (
@@ -205,7 +243,7 @@ def _row(change: str, verdict: Verdict, target: Target, form: Form, site: str) -
             "Patch the unquantised model, or use the hook form",
         )
         verdict = replace(verdict, reason=reason)
-    elif reason is None and (form in ("vllm", "lora") or (form == "patch" and site != "head_out")):
+    elif reason is None and form in LATER:
         reason, remedy = LATER[form]
     return Row(
         change,
@@ -239,8 +277,11 @@ def _projected(steering: Steering, site: str) -> dict[int, list[Tensor]]:
 
 def _rank_note(vectors: dict[int, list[Tensor]], layers: tuple[int, ...]) -> str:
     """The largest rank that an adapter needs: in each layer the dimension that its vectors span, up to float32."""
-    ranks = {int(torch.linalg.matrix_rank(unit_vector(torch.stack(vectors[layer])), rtol=ROUNDING)) for layer in layers}
-    return f"rank {max(ranks)}"
+    return f"rank {max(_rank(vectors[layer]) for layer in layers)}"
+
+
+def _rank(vectors: list[Tensor]) -> int:
+    return int(torch.linalg.matrix_rank(unit_vector(torch.stack(vectors)), rtol=ROUNDING))
 
 
 def _html_row(row: Row) -> str:

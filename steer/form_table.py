@@ -6,19 +6,21 @@ Every function returns verdicts, one per part of the model that the form would t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from steer.anatomy.resolve import Anatomy, Contributes
-from steer.directions import unit_vector
+from steer.anatomy.resolve import Anatomy
+from steer.anatomy.slots import Matrix
+from steer.directions import ranges, unit_vector
 from steer.interventions import Add, Custom, Intervention, ProjectOut, SetComponent
+from steer.writers import Part, bias_form, part, writers
 
 Form = Literal["hook", "vllm", "patch", "lora"]
-Bias = Callable[[str, int], Tensor | None]
+Bias = Callable[[Matrix], Tensor | None]
 HOOK = "Use the hook form"
 SERVED = "as the patched checkpoint, or per request as LoRA"
 PLACES = {
@@ -53,15 +55,6 @@ class Verdict:
     note: str = ""
 
 
-@dataclass(frozen=True)
-class Part:
-    """A projection that writes to the residual stream, and what happens between its output and the stream."""
-
-    module: str
-    word: str
-    contribution: Contributes
-
-
 def hook(intervention: Intervention, anatomy: Anatomy) -> list[Verdict]:
     """Everything, wherever the site exists."""
     if intervention.site != "mlp_raw":
@@ -82,8 +75,14 @@ def vllm(intervention: Intervention, anatomy: Anatomy) -> list[Verdict]:
     return [Verdict(place, layers, *(refused or (None, None)))]
 
 
-def patch(intervention: Intervention, anatomy: Anatomy) -> list[Verdict]:
-    """Weights and biases on disk."""
+def patch(intervention: Intervention, anatomy: Anatomy, untie: bool = False) -> list[Verdict]:
+    """Weights and biases, in memory or on disk.
+
+    Args:
+        intervention: what is to be said.
+        anatomy: of the model.
+        untie: the vocabulary head gets a matrix of its own, so that a tied embedding may change.
+    """
     refused = _weights_only(
         intervention, "a patch of weights", "weights act on every token alike, by a fixed linear map"
     )
@@ -91,7 +90,7 @@ def patch(intervention: Intervention, anatomy: Anatomy) -> list[Verdict]:
         return [Verdict(PLACES[intervention.site], intervention.active_layers, *refused)]
     if isinstance(intervention, Add):
         return _bias(intervention, anatomy)
-    return _projected(intervention, anatomy)
+    return _projected(intervention, anatomy, untie, experts=True)
 
 
 def lora(intervention: Intervention, anatomy: Anatomy, bias: Bias) -> list[Verdict]:
@@ -100,7 +99,7 @@ def lora(intervention: Intervention, anatomy: Anatomy, bias: Bias) -> list[Verdi
     Args:
         intervention: what is to be said.
         anatomy: of the model.
-        bias: returns the bias of (module, layer), None where there is none.
+        bias: returns the bias that goes with a matrix, None where there is none.
     """
     refused = _weights_only(intervention, "an adapter", "weights act on every token alike, by a fixed linear map")
     if refused is not None:
@@ -115,21 +114,22 @@ def lora(intervention: Intervention, anatomy: Anatomy, bias: Bias) -> list[Verdi
             )
         ]
     found = []
-    for verdict in _projected(intervention, anatomy):
-        part = _part(intervention.site, anatomy)
-        if verdict.reason is None and part is not None and isinstance(intervention, ProjectOut):
-            found += _bias_kept(verdict, intervention, part, bias)
+    for verdict in _projected(intervention, anatomy, experts=True):
+        behind = part(intervention.site, anatomy)
+        if verdict.reason is None and behind is not None and isinstance(intervention, ProjectOut):
+            found += _bias_kept(verdict, intervention, anatomy, bias)
         else:
             found.append(verdict)
     return found
 
 
-def _bias_kept(verdict: Verdict, intervention: ProjectOut, part: Part, bias: Bias) -> list[Verdict]:
+def _bias_kept(verdict: Verdict, intervention: ProjectOut, anatomy: Anatomy, bias: Bias) -> list[Verdict]:
     """An adapter leaves the bias as it is, so the bias must have nothing to project out."""
-    against = []
+    behind, against = part(intervention.site, anatomy), []
+    assert behind is not None, "a projection behind a site"
     for layer in verdict.layers:
-        held = bias(part.module, layer)
-        if held is not None and _along(held, intervention, layer):
+        held = [bias(matrix) for matrix in writers(anatomy, behind.module, layer)]
+        if any(each is not None and _along(each, intervention, layer) for each in held):
             against.append(layer)
     free = tuple(layer for layer in verdict.layers if layer not in against)
     rows = [Verdict(verdict.what, free)] if free else []
@@ -162,8 +162,8 @@ def _weights_only(intervention: Intervention, form: str, why: str) -> tuple[str,
 
 
 def _bias(intervention: Add, anatomy: Anatomy) -> list[Verdict]:
-    part = _part(intervention.site, anatomy)
-    if part is None:
+    behind = part(intervention.site, anatomy)
+    if behind is None:
         remedy = {
             "z": "Use attn_raw with the vector that W_O makes of it",
             "resid_pre": "Use resid_post of the layer before",
@@ -177,48 +177,68 @@ def _bias(intervention: Add, anatomy: Anatomy) -> list[Verdict]:
             )
         ]
     raw = intervention.site.endswith("_raw")
-    if part.contribution.kind == "norm" and not raw:
-        site = "attn_raw" if part.module == "attention_output" else "mlp_raw"
+    if behind.contribution.kind == "norm" and not raw:
+        site = "attn_raw" if behind.module == "attention_output" else "mlp_raw"
         return [
             Verdict(
-                f"{part.word} bias",
+                f"{behind.word} bias",
                 intervention.active_layers,
-                f"a norm ({part.contribution.norm}) stands between the bias and {intervention.site}",
+                f"a norm ({behind.contribution.norm}) stands between the bias and {intervention.site}",
                 f"Use {site}, in front of the norm",
             )
         ]
     divided = (
-        f"b += a v / {part.contribution.multiplier:g}" if part.contribution.kind == "scale" and not raw else "b += a v"
+        f"b += a v / {behind.contribution.multiplier:g}"
+        if behind.contribution.kind == "scale" and not raw
+        else "b += a v"
     )
-    if part.module == "mlp_output":
-        return _dense_only(intervention, anatomy, f"{part.word} bias", divided)
-    return [Verdict(f"{part.word} bias", intervention.active_layers, note=divided)]
+    if intervention.site != "mlp_raw":
+        return _biases(intervention.active_layers, anatomy, behind, divided)
+    dense = tuple(layer for layer in intervention.active_layers if layer in anatomy.dense_mlp_layers)
+    refused = [row for row in _dense_only(intervention, anatomy, f"{behind.word} bias") if row.reason is not None]
+    return _biases(dense, anatomy, behind, divided) + refused
 
 
-def _projected(intervention: Intervention, anatomy: Anatomy) -> list[Verdict]:
+def _biases(layers: Sequence[int], anatomy: Anatomy, behind: Part, divided: str) -> list[Verdict]:
+    """One row per answer: layers that have a bias, that get one, and that cannot have one."""
+    rows: dict[tuple[str | None, str | None], list[int]] = {}
+    for layer in layers:
+        rows.setdefault(bias_form(anatomy, behind.module, layer), []).append(layer)
+    found = []
+    for (note, reason), those in rows.items():
+        said = divided if not note else f"{divided}, {note}"
+        found.append(
+            Verdict(f"{behind.word} bias", tuple(those), reason, HOOK if reason else None, "" if reason else said)
+        )
+    return found
+
+
+def _projected(
+    intervention: Intervention, anatomy: Anatomy, untie: bool = False, experts: bool = False
+) -> list[Verdict]:
     layers, site = intervention.active_layers, intervention.site
     if site == "head_out":
         return [Verdict("attention output", layers, note=_heads_note(intervention))]
-    part = _part(site, anatomy) if not site.startswith("resid") else None
-    if part is None:
-        return _embedding(intervention, anatomy)
-    if part.contribution.kind == "norm" and not site.endswith("_raw"):
-        reason = f"a norm ({part.contribution.norm}) stands between the projection and {site}"
-        return [Verdict(part.word, layers, reason, f"{HOOK}, or project at head_out")]
-    if part.module == "mlp_output":
-        return _dense_only(intervention, anatomy, part.word, "weight and bias")
-    return [Verdict(part.word, layers, note="weight and bias")]
+    behind = part(site, anatomy) if not site.startswith("resid") else None
+    if behind is None:
+        return _embedding(intervention, anatomy, untie)
+    if behind.contribution.kind == "norm" and not site.endswith("_raw"):
+        reason = f"a norm ({behind.contribution.norm}) stands between the projection and {site}"
+        return [Verdict(behind.word, layers, reason, f"{HOOK}, or project at head_out")]
+    if behind.module == "mlp_output":
+        return _dense_only(intervention, anatomy, behind.word, "weight and bias", experts and site == "mlp_out")
+    return [Verdict(behind.word, layers, note="weight and bias")]
 
 
-def _embedding(intervention: Intervention, anatomy: Anatomy) -> list[Verdict]:
+def _embedding(intervention: Intervention, anatomy: Anatomy, untie: bool) -> list[Verdict]:
     if intervention.site == "resid_pre" and intervention.active_layers == (0,):
-        if anatomy.tied:
+        if anatomy.tied and not untie:
             return [
                 Verdict(
                     "embedding",
                     (0,),
                     "the embedding is tied to the vocabulary head, which the edit would change too",
-                    f"{HOOK}, or untie the head first",
+                    f"{HOOK}, or untie the head (untie=True, `--untie`)",
                 )
             ]
         return [Verdict("embedding", (0,))]
@@ -233,29 +253,31 @@ def _embedding(intervention: Intervention, anatomy: Anatomy) -> list[Verdict]:
     ]
 
 
-def _part(site: str, anatomy: Anatomy) -> Part | None:
-    """The projection behind a site; adding at resid_mid or resid_post is adding at attn_out or mlp_out."""
-    if site in ("attn_raw", "attn_out", "resid_mid"):
-        return Part("attention_output", "attention output", anatomy.attention_contribution)
-    if site in ("mlp_raw", "mlp_out", "resid_post"):
-        return Part("mlp_output", "MLP output", anatomy.mlp_contribution)
-    return None
-
-
-def _dense_only(intervention: Intervention, anatomy: Anatomy, what: str, note: str = "") -> list[Verdict]:
+def _dense_only(
+    intervention: Intervention, anatomy: Anatomy, what: str, note: str = "", experts: bool = False
+) -> list[Verdict]:
+    """One row for layers with one MLP projection, one for those with experts, refused unless `experts`."""
     dense = tuple(layer for layer in intervention.active_layers if layer in anatomy.dense_mlp_layers)
-    experts = tuple(layer for layer in intervention.active_layers if layer not in anatomy.dense_mlp_layers)
+    others = tuple(layer for layer in intervention.active_layers if layer not in anatomy.dense_mlp_layers)
     rows = [Verdict(what, dense, note=note)] if dense else []
-    if experts:
+    if others and experts:
+        number = len(writers(anatomy, "mlp_output", others[0]))
+        rows.append(Verdict(what, others, note=f"{note} of {number} matrices a layer"))
+    elif others:
         rows.append(
             Verdict(
                 what,
-                experts,
+                others,
                 "the layer has experts, whose outputs are weighted and summed, and no single MLP projection",
                 "Use mlp_out in the hook form",
             )
         )
     return rows
+
+
+def layers_of(verdict: Verdict) -> str:
+    """Return "layer 3" or "layers 0-3, 7"."""
+    return f"layer{'s' * (len(verdict.layers) != 1)} {ranges(verdict.layers)}"
 
 
 def counted(number: int, noun: str) -> str:

@@ -2,34 +2,69 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
-from steer.anatomy.slots import Matrix, Slot
+from steer.anatomy.slots import OUTSIDE, Matrix, Slot
 from steer.errors import SteerError
-from steer.operations import DTYPES
+from steer.operations import DTYPES, AddDense, Operation
 
 if TYPE_CHECKING:
     from steer.model import SteerableModel
 
-REMEDY = "Use its hook form, `patch.steering()`, or load the model unquantised and in memory"
+REMEDY = "Use its hook form, `patch.steering()`, its LoRA form, or load the model unquantised and in memory"
 
 
-def find(model: SteerableModel, matrix: Matrix) -> tuple[nn.Parameter, Slot]:
-    """Return the parameter that a matrix lies in, and where.
+@dataclass(frozen=True, eq=False)
+class Place:
+    """Where a matrix is in a loaded model.
+
+    Attributes:
+        module: that owns the parameter.
+        attribute: its name there, such as `weight`.
+        slot: where the matrix lies in it; `slot.name` is the path from the model.
+    """
+
+    module: nn.Module
+    attribute: str
+    slot: Slot
+
+    @property
+    def parameter(self) -> Tensor | None:
+        """The parameter; None for a bias that the module does not have."""
+        found = getattr(self.module, self.attribute)
+        assert found is None or isinstance(found, Tensor)
+        return found
+
+
+def place(model: SteerableModel, matrix: Matrix) -> Place:
+    """Find a matrix in a loaded model.
 
     Raises:
         SteerError: the model has no such matrix.
     """
-    if matrix.module in ("attention_output", "mlp_output") and not matrix.bias:
-        parameter = model.parameter(matrix.module, matrix.layer)
-        return parameter, Slot(f"{matrix.layer}.{matrix.module}")
-    if matrix.module in ("embedding", "head"):
-        parameter = model.hf.get_submodule(getattr(model.anatomy.record.model, matrix.module)).weight
-        assert isinstance(parameter, nn.Parameter)
-        return parameter, Slot(matrix.module, transposed=matrix.module == "embedding")
-    raise SteerError(f"{matrix} cannot be found in a loaded model", "a matrix of this version", "Use the checkpoint")
+    slot = _slot(model, matrix)
+    path, _, attribute = slot.name.rpartition(".")
+    try:
+        module = model.hf.get_submodule(path)
+    except AttributeError as error:
+        raise _absent(matrix, slot.name) from error
+    if not hasattr(module, attribute):
+        raise _absent(matrix, slot.name)
+    return Place(module, attribute, slot)
+
+
+def _absent(matrix: Matrix, name: str) -> SteerError:
+    return SteerError(
+        f"the loaded model has no parameter {name}, where {matrix} should be",
+        "the module tree of its family in transformers 5",
+        "Apply the patch to the checkpoint, `patch.plan(folder).apply(out)`",
+    )
 
 
 def check(matrix: Matrix, parameter: Tensor) -> None:
@@ -48,3 +83,99 @@ def check(matrix: Matrix, parameter: Tensor) -> None:
             "a plain matrix of " + ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES),
             REMEDY,
         )
+
+
+def check_shared(
+    model: SteerableModel, places: Mapping[Matrix, Place], operations: Mapping[Matrix, Sequence[Operation]]
+) -> None:
+    """Refuse what would change a shared matrix twice, or more than was asked for.
+
+    A tied embedding and head are one parameter: a dense difference of either, or anything said of their tensor by its
+    name, is a change of both, made once; whatever else is said of one of them would also change the other.
+
+    Raises:
+        SteerError: two names mean one matrix, or one of a tied pair is edited otherwise.
+    """
+    owners: dict[tuple[object, ...], Matrix] = {}
+    tied = model.places.head.weight is model.places.embedding.weight
+    for matrix, where in places.items():
+        if where.parameter is not None:
+            key = (id(where.parameter), where.slot.expert, where.slot.rows)
+            other = owners.setdefault(key, matrix)
+            if other != matrix:
+                raise SteerError(
+                    f"the patch changes {other} and {matrix}, which are one parameter of this model",
+                    "one name for it",
+                    "Leave one of them out; a tied embedding and head change together",
+                )
+        odd = [each for each in operations[matrix] if each.weight and not isinstance(each, AddDense)]
+        if tied and matrix.module in OUTSIDE and odd:
+            raise SteerError(
+                f"the embedding is tied to the vocabulary head, and {odd[0].as_json()['operation']} of the {matrix} would change both",
+                "an untied model, or a dense difference, which is meant for both",
+                "Use the hook form, or write an untied checkpoint (`steer apply --untie`) and load that",
+            )
+
+
+def beside(where: Place) -> Tensor:
+    """Return the weight of a projection that has no bias and could have one.
+
+    Raises:
+        SteerError: the module's own code would not add it.
+    """
+    if type(where.module).forward is not nn.Linear.forward:
+        raise SteerError(
+            f"{where.slot.name} is no parameter of this model, and the code of {type(where.module).__name__} would not add it",
+            "a plain linear projection",
+            "Use the hook form, `model.steered(steering)`",
+        )
+    weight = where.module.weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+@contextmanager
+def grown(where: Place) -> Iterator[Tensor]:
+    """Give a projection without a bias one of zeros while the context is open; the last one to end takes it away.
+
+    Raises:
+        SteerError: the module's own code would not add it.
+    """
+    module, weight = where.module, beside(where)
+    _GROWN[id(module)] = _GROWN.get(id(module), 0) + 1
+    try:
+        if _GROWN[id(module)] == 1:
+            zeros = torch.zeros(weight.shape[0], dtype=weight.dtype, device=weight.device)
+            setattr(module, where.attribute, nn.Parameter(zeros, requires_grad=False))
+        bias = where.parameter
+        assert bias is not None
+        yield bias
+    finally:
+        _GROWN[id(module)] -= 1
+        if not _GROWN[id(module)]:
+            del _GROWN[id(module)]
+            setattr(module, where.attribute, None)
+
+
+_GROWN: dict[int, int] = {}
+
+
+def is_absent(where: Place) -> bool:
+    """Whether the model has no such bias of its own, be there one now by an open context."""
+    return where.parameter is None or id(where.module) in _GROWN
+
+
+def _slot(model: SteerableModel, matrix: Matrix) -> Slot:
+    if hasattr(model.anatomy, "in_memory"):
+        found: Slot = model.anatomy.in_memory(matrix)
+        return found
+    record = model.anatomy.record
+    if matrix.raw:
+        return Slot(matrix.module)
+    if matrix.module in OUTSIDE:
+        return Slot(getattr(record.model, matrix.module) + ".weight", transposed=matrix.module == "embedding")
+    if matrix.module in ("attention_output", "mlp_output"):
+        model.anatomy.shape(matrix.module, matrix.layer)
+        path = f"{record.model.layers}.{matrix.layer}.{getattr(record.layer, matrix.module)}"
+        return Slot(path + (".bias" if matrix.bias else ".weight"))
+    raise SteerError(f"{matrix} cannot be found in a loaded model", "another matrix")

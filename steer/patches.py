@@ -11,20 +11,22 @@ import hashlib
 import importlib
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor
 
-from steer import artifacts, held, parameters
+from steer import artifacts, baking
+from steer.anatomy.resolve import Anatomy
 from steer.directions import Direction
 from steer.errors import SteerError
-from steer.identity import ModelIdentity, canonical, check_same, known_keys
+from steer.identity import ModelIdentity, canonical, check_same, known_keys, mix
+from steer.in_memory import patched
 from steer.interventions import ProjectOut
-from steer.operations import Matrix, Operation, ProjectColumns, Survival, edited, low_rank, operation_of
+from steer.operations import Matrix, Operation, ProjectColumns, Survival, edited, low_rank
+from steer.operations.stored import operations_of, stored
 from steer.steering import Steering
 
 if TYPE_CHECKING:
@@ -118,8 +120,19 @@ class Patch:
         return digest.hexdigest()
 
     def scaled(self, scale: float) -> Patch:
-        """Return the patch with the weight of every operation multiplied by `scale`."""
-        return replace(self, operations=tuple(operation.scaled(scale) for operation in self.operations))
+        """Return the patch with the weight of every operation multiplied by `scale`.
+
+        Raises:
+            SteerError: values or a configuration are set and the scale is neither 0 nor 1.
+        """
+        if self.config and scale not in (0, 1):
+            raise SteerError(
+                f"the patch sets {', '.join(self.config)} in config.json and was asked for with scale {scale}",
+                "1, or 0 to leave it out, since a value is set or not",
+                "Leave the configuration out of the patch that is scaled",
+            )
+        config = self.config if scale else {}
+        return replace(self, operations=tuple(each.scaled(scale) for each in self.operations), config=config)
 
     def save(self, path: str | Path, overwrite: bool = False) -> None:
         """Write the patch as one artifact: a vector per operation, and the operations in its provenance.
@@ -128,15 +141,11 @@ class Patch:
             SteerError: the name does not end in `.safetensors`, or is taken.
             OSError: the disk refuses.
         """
+        rows, tensors = stored(self.operations)
         content = {
-            "operations": [operation.as_json() for operation in self.operations],
+            "operations": rows,
             "expects": {matrix.key: value for matrix, value in sorted(self.expects.items())},
             "config": dict(self.config),
-        }
-        tensors = {
-            f"operation.{index}.{name}": tensor
-            for index, operation in enumerate(self.operations)
-            for name, tensor in operation.tensors.items()
         }
         story = {key: value for key, value in self.provenance.items() if key in artifacts.GIVEN}
         model = None if self.model is None else self.model.to_dict()
@@ -149,17 +158,13 @@ class Patch:
         Raises:
             SteerError: no such file, damaged, of another kind, or with an operation that this version does not know.
         """
-        found = artifacts.read(path, "patch")
+        found = artifacts.read(path, "patch", mapped=True)
         content = found.provenance["content"]
         known_keys(content, ("operations", "expects", "config"), f"the content of {path}")
-        operations = []
-        for index, stored in enumerate(content["operations"]):
-            stem = f"operation.{index}."
-            own = {name.removeprefix(stem): each for name, each in found.tensors.items() if name.startswith(stem)}
-            operations.append(operation_of(stored, own, path))
+        operations = operations_of(content["operations"], found.tensors, path)
         expects = {Matrix.parse(key): value for key, value in content["expects"].items()}
         story = {key: found.provenance[key] for key in artifacts.GIVEN if key not in ("model", "content")}
-        return cls(tuple(operations), found.model, expects, story, content.get("config") or {})
+        return cls(operations, found.model, expects, story, content.get("config") or {})
 
     def plan(self, folder: str | os.PathLike[str], anatomy: str | os.PathLike[str] | None = None) -> Planned:
         """Say what the patch would do to the checkpoint in `folder`; headers only, nothing is written.
@@ -196,24 +201,48 @@ class Patch:
         return ProjectOut(direction, "head_out", operations[0].weight, heads=heads)
 
     @classmethod
-    def from_steering(cls, steering: Steering) -> Patch:
-        """Return the patch that does what a steering does.
+    def from_steering(
+        cls, steering: Steering, model: SteerableModel | Anatomy | str | Path | None = None, *, untie: bool = False
+    ) -> Patch:
+        """Return the patch that does what a steering does; see `steer.baking`.
+
+        Args:
+            steering: its interventions must have a patch form on the model (the table of `steer.form_table`).
+            model: a loaded model, its anatomy, or a checkpoint, of which headers are read; may be left out where every
+                intervention is a `ProjectOut` at `head_out`.
+            untie: the checkpoint will be written with a vocabulary head of its own, so a tied embedding may change.
 
         Raises:
-            SteerError: an intervention is no `ProjectOut` at `head_out` in phase `all`, the one that has a patch form.
+            SteerError: an intervention has no patch form there; what has, or which form does, is named.
         """
-        operations: list[Operation] = []
-        for each in steering.interventions:
-            if not (isinstance(each, ProjectOut) and each.heads and each.phase == "all"):
-                raise SteerError(
-                    f"{type(each).__name__} at {each.site} in phase {each.phase} has no patch form",
-                    "ProjectOut at head_out in phase all",
-                    "Use its hook form, `model.steered(steering)`",
-                )
-            for layer in each.active_layers:
-                heads = tuple(head for at, head in each.heads if at == layer)
-                operations.append(ProjectColumns(layer, "attention_output", heads, each.direction[layer], each.weight))
-        return cls(tuple(operations), steering.model, provenance={"parents": [steering.fingerprint]})
+        return cls(
+            baking.operations_for(steering, model, untie),
+            steering.model,
+            provenance={"parents": [steering.fingerprint]},
+        )
+
+    @classmethod
+    def compose(cls, *patches: Patch) -> Patch:
+        """Return one patch that acts as these do one after the other; see `steer.conflicts.conflicts` on their order.
+
+        The result is rounded once, where patches applied one after the other are rounded each.
+
+        Raises:
+            SteerError: none is given, they were made for different shapes, expect different weights in a matrix, or set
+                a key of the configuration to different values.
+        """
+        if not patches:
+            raise SteerError("no patch was given to compose", "at least one")
+        model: ModelIdentity | None = None
+        expects: dict[Matrix, str] = {}
+        config: dict[str, Any] = {}
+        for patch in patches:
+            model = mix(model, patch.model, "the patches")
+            _agree(expects, patch.expects, "are made for different weights of")
+            _agree(config, patch.config, "set different values of")
+        operations = tuple(operation for patch in patches for operation in patch.operations)
+        parents = [patch.fingerprint for patch in patches]
+        return cls(operations, model, expects, {"parents": parents}, config)
 
     def _refuse_hooked(self, model: SteerableModel) -> None:
         """A hook at head_out works on the weights as they are, so it cannot come before a patch of the same heads."""
@@ -254,20 +283,17 @@ class Patch:
                 "operations on weights alone, since a configuration takes effect when a model is loaded",
                 "Apply it to the checkpoint, `patch.plan(folder).apply(out)`, and load the result",
             )
-        heads = model.anatomy.heads
-        places = {matrix: parameters.find(model, matrix) for matrix in self.matrices}
-        changes: dict[int, tuple[Tensor, list[held.Edit]]] = {}
-        for matrix, operations in self.scaled(scale).matrices.items():
-            parameter, slot = places[matrix]
-            parameters.check(matrix, parameter)
-            shape = slot.shape(tuple(parameter.shape))
-            for operation in operations:
-                operation.check(shape, heads)
-            edit = held.Edit(slot, operations, shape[1] // heads)
-            changes.setdefault(id(parameter), (parameter, []))[1].append(edit)
         self._refuse_hooked(model)
-        with model.taps.entering(self, scale), ExitStack() as stack:
-            survived = {
-                key: stack.enter_context(held.held(parameter, edits)) for key, (parameter, edits) in changes.items()
-            }
-            yield {matrix: survived[id(parameter)][slot] for matrix, (parameter, slot) in places.items()}
+        with model.taps.entering(self, scale), patched(model, self.scaled(scale).matrices) as survived:
+            yield survived
+
+
+def _agree(found: dict[Any, Any], more: Mapping[Any, Any], what: str) -> None:
+    """Take `more` into `found`, where both say the same of what they share."""
+    for key, value in more.items():
+        if found.setdefault(key, value) != value:
+            raise SteerError(
+                f"the patches {what} {key}: {found[key]!r} and {value!r}",
+                "one for both",
+                "Apply them one after the other, or make them on the same model",
+            )

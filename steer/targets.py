@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,11 +10,13 @@ from safetensors import safe_open
 from torch import Tensor
 
 from steer.anatomy.headers import Headers, read_headers
-from steer.anatomy.modules import places
 from steer.anatomy.resolve import Anatomy, resolve
+from steer.anatomy.slots import Matrix, Slot
 from steer.form_table import Bias
 from steer.identity import ModelIdentity, shape_id
+from steer.parameters import place
 from steer.sources import locate
+from steer.writers import has_bias
 
 if TYPE_CHECKING:
     from steer.model import SteerableModel
@@ -30,7 +32,7 @@ class Target:
         anatomy: its parts and counts.
         identity: its name and shape; the weights may be unknown.
         quantised: the method, empty for plain weights.
-        bias: returns the bias of an output projection by (module, layer), None where there is none.
+        bias: returns the bias that goes with a matrix, None where there is none.
     """
 
     anatomy: Anatomy
@@ -62,23 +64,24 @@ def _of_headers(headers: Headers, name: str) -> Target:
         {headers.tensors[anatomy.disk_name(module, layer)].dtype for module, layer in anatomy.shapes} - set(PLAIN)
     )
 
-    def bias(module: str, layer: int) -> Tensor | None:
-        if not anatomy.has_bias(module, layer):
+    def bias(matrix: Matrix) -> Tensor | None:
+        if not has_bias(anatomy, matrix):
             return None
-        name = anatomy.bias_name(module, layer)
-        with safe_open(headers.folder / headers.tensors[name].file, framework="pt") as file:
-            found: Tensor = file.get_tensor(name)
+        slot = bias_slot(anatomy, matrix)
+        with safe_open(headers.folder / headers.tensors[slot.name].file, framework="pt") as file:
+            found: Tensor = slot.view(file.get_tensor(slot.name))[:, 0]
         return found
 
     return Target(anatomy, identity, _method(headers.config) or ", ".join(odd), bias)
 
 
 def _of_model(model: SteerableModel) -> Target:
-    layers = places(model.hf, model.anatomy).layers
-
-    def bias(module: str, layer: int) -> Tensor | None:
-        found = getattr(getattr(layers[layer], module), "bias", None)
-        return found if isinstance(found, Tensor) else None
+    def bias(matrix: Matrix) -> Tensor | None:
+        if not has_bias(model.anatomy, matrix):
+            return None
+        where = place(model, replace(matrix, bias=True))
+        found: Tensor | None = None if where.parameter is None else where.slot.view(where.parameter)[:, 0]
+        return found
 
     return Target(model.anatomy, model.identity, _method(model.hf.config.to_dict()), bias)
 
@@ -86,3 +89,10 @@ def _of_model(model: SteerableModel) -> Target:
 def _method(config: dict[str, object]) -> str:
     found = config.get("quantization_config")
     return str(found.get("quant_method", "unknown method")) if isinstance(found, dict) else ""
+
+
+def bias_slot(anatomy: Anatomy, matrix: Matrix) -> Slot:
+    if hasattr(anatomy, "on_disk"):
+        found: Slot = anatomy.on_disk(replace(matrix, bias=True))
+        return found
+    return Slot(anatomy.bias_name(matrix.module, matrix.layer))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from steer.anatomy.resolve import Anatomy, Contributes
+from steer.writers import bias_form, part
 
 FORMS = ("hook", "vllm", "patch", "lora")
 ADDED, PROJECTED = "Add", "ProjectOut"
@@ -22,7 +23,12 @@ CHANGES = (
     (ADDED, "mlp_raw"),
 )
 # What a form can express and this version has the code for.
-PRESENT = {"hook": tuple(CHANGES), "vllm": (), "patch": ((PROJECTED, "head_out"),), "lora": ()}
+PRESENT = {
+    "hook": tuple(CHANGES),
+    "vllm": (),
+    "patch": tuple(CHANGES),
+    "lora": ((PROJECTED, "head_out"), (PROJECTED, "attn_out"), (PROJECTED, "mlp_out")),
+}
 
 
 @dataclass(frozen=True)
@@ -71,8 +77,10 @@ def _reach(anatomy: Anatomy, quantised: str, kind: str, site: str, form: str) ->
         layers, why = 0, f"a norm ({contribution.norm}) stands between the projection and {site}"
     elif form == "patch" and quantised:
         layers, why = 0, f"the weights are quantised ({quantised})"
-    elif site.startswith("mlp") and (site == "mlp_raw" or form in ("patch", "lora")) and dense < total:
+    elif site.startswith("mlp") and dense < total and site == "mlp_raw":
         layers, why = dense, "the other layers have experts"
+    if form == "patch" and kind == ADDED and layers:
+        layers, why = _biases(anatomy, site, why)
     if (
         form == "lora"
         and not why
@@ -82,3 +90,13 @@ def _reach(anatomy: Anatomy, quantised: str, kind: str, site: str, form: str) ->
     ):
         why = "only where the output bias has no component along the direction"
     return Reach(f"{kind} at {site}", form, layers, total, (kind, site) in PRESENT[form], why)
+
+
+def _biases(anatomy: Anatomy, site: str, why: str) -> tuple[int, str]:
+    """How many layers have, or can get, an output bias that takes up a vector added at a site."""
+    behind = part(site, anatomy)
+    assert behind is not None, "an addition is outlined at the output of a projection"
+    within = anatomy.dense_mlp_layers if site == "mlp_raw" else range(anatomy.layers)
+    reasons = [bias_form(anatomy, behind.module, layer)[1] for layer in within]
+    refused = [reason for reason in reasons if reason is not None]
+    return len(reasons) - len(refused), why or (refused[0] if refused else "")

@@ -19,10 +19,9 @@ from steer.operations.elementwise import AddBias, AddDense, AddLowRank, Scale, S
 from steer.operations.factors import low_rank
 from steer.operations.operation import DTYPES, Operation, Region, Source, reduces, region, tensor_hash
 from steer.operations.project import ProjectColumns
-from steer.operations.stored import operation_of
 
 __all__ = [
     "DTYPES", "AddBias", "AddDense", "AddLowRank", "Block", "Matrix", "Operation", "ProjectColumns", "Region", "Scale",
-    "SetSlice", "Source", "Survival", "edit_", "edited", "edited_blocks", "low_rank", "operation_of", "reduces", "region",
+    "SetSlice", "Source", "Survival", "edit_", "edited", "edited_blocks", "low_rank", "reduces", "region",
     "tensor_hash",
 ]  # fmt: skip

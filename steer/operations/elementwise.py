@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -183,17 +183,9 @@ class AddDense:
             object.__setattr__(self, "delta", checked_tensor(self.matrix, "delta", self.delta, 2, copy=False))
 
     @property
-    def tensors(self) -> Mapping[str, Tensor]:
-        """The delta; one that is read when needed is read here as a whole and kept in float32."""
-        if isinstance(self.delta, Tensor):
-            return {"delta": self.delta}
-        out, into = self.delta.shape
-        whole = torch.empty(out, into, dtype=torch.float32)
-        step = max(1, (1 << 18) // max(1, into))
-        for start in range(0, out, step):
-            rows = slice(start, min(start + step, out))
-            whole[rows] = self.delta.read(rows, slice(0, into))
-        return {"delta": whole}
+    def tensors(self) -> Mapping[str, Any]:
+        """The delta; a `Source` is read, in float32, whenever it is looked up, and not before."""
+        return {"delta": self.delta} if isinstance(self.delta, Tensor) else _Read(self.delta)
 
     def digest(self) -> str:
         """Return the hash of the delta, or of what it would be read from."""
@@ -227,6 +219,30 @@ class AddDense:
     def as_json(self) -> dict[str, Any]:
         """Return everything but the delta."""
         return {"operation": "add_dense", "matrix": self.matrix.key, "weight": self.weight}
+
+
+@dataclass(frozen=True)
+class _Read(Mapping[str, Tensor]):
+    """A `Source` as a mapping of one tensor, which is made anew for everyone who asks."""
+
+    source: Source
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name != "delta":
+            raise KeyError(name)
+        out, into = self.source.shape
+        whole = torch.empty(out, into, dtype=torch.float32)
+        step = max(1, (1 << 18) // max(1, into))
+        for start in range(0, out, step):
+            rows = slice(start, min(start + step, out))
+            whole[rows] = self.source.read(rows, slice(0, into))
+        return whole
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(("delta",))
+
+    def __len__(self) -> int:
+        return 1
 
 
 @dataclass(frozen=True, eq=False)

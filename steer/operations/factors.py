@@ -17,15 +17,22 @@ from steer.operations.project import ProjectColumns
 
 
 def low_rank(
-    matrix: Float[Tensor, "out in"], operations: Sequence[Operation], head_width: int
+    matrix: Float[Tensor, "out in"],
+    operations: Sequence[Operation],
+    head_width: int,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Float[Tensor, "rank in"], Float[Tensor, "out rank"]]:
     """Return (A, B) on the CPU with `B @ A` = what `operations` add to `matrix`, before the cast.
-
-    Both are float32, for a float64 matrix float64.
 
     A projection has rank 1, a low-rank addition its own; the rank is their sum. Where they overlap, a projection's row
     of A uses the matrix that the operations before it left, so the sum is the composed change, exactly as `edited`
     makes it.
+
+    Args:
+        matrix: any dtype of `DTYPES`, any device.
+        operations: all for this one matrix, first to last.
+        head_width: columns per head.
+        dtype: of the factors, which are made in float64; None: float32, for a float64 matrix float64.
 
     Raises:
         SteerError: an operation has no factors; the matrix has a dtype that cannot be edited.
@@ -52,7 +59,7 @@ def low_rank(
                 rows[place.start, here], columns[:, place.start] = operation.factors(block)
             if index != acting[-1]:
                 block = operation.act(block, whole, here)
-    dtype = torch.promote_types(matrix.dtype, torch.float32)
+    dtype = dtype or torch.promote_types(matrix.dtype, torch.float32)
     return rows.to(dtype), columns.to(dtype)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
+from weakref import WeakValueDictionary
 
 import torch
 from jaxtyping import Float
@@ -21,6 +22,31 @@ from steer.operations.operation import (
     columns_of,
     tensor_hash,
 )
+
+
+class _Kept:
+    """One direction in memory, for all operations that project it: a mixture has thousands of experts."""
+
+    _all: ClassVar[WeakValueDictionary[str, _Kept]] = WeakValueDictionary()
+
+    def __init__(self, vector: Tensor, digest: str) -> None:
+        self.vector, self.digest = vector, digest
+
+    @classmethod
+    def of(cls, vector: Tensor) -> _Kept:
+        """Return the one for these numbers."""
+        digest = tensor_hash(vector)
+        found = cls._all.get(digest)
+        if found is None:
+            found = cls._all[digest] = cls(vector, digest)
+        return found
+
+    @cached_property
+    def unit(self) -> Tensor:
+        """v̂ in float64."""
+        vector = self.vector.double()
+        vector = vector / vector.abs().max()
+        return vector / sum_rows((vector * vector)[:, None]).sqrt()
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +73,7 @@ class ProjectColumns:
     weight: float = 1.0
     expert: int = -1
     bias: bool = False
+    _kept: _Kept = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "heads", checked_heads(self.matrix, self.heads))
@@ -58,7 +85,9 @@ class ProjectColumns:
                 "one finite vector of the model's hidden size that is not zero",
                 "Leave this layer out, or collect the direction from more traces",
             )
-        object.__setattr__(self, "vector", vector)
+        kept = _Kept.of(vector)
+        object.__setattr__(self, "vector", kept.vector)
+        object.__setattr__(self, "_kept", kept)
 
     @property
     def matrix(self) -> Matrix:
@@ -77,14 +106,12 @@ class ProjectColumns:
 
     def digest(self) -> str:
         """Return the hash of the vector."""
-        return tensor_hash(self.vector)
+        return self._kept.digest
 
-    @cached_property
+    @property
     def unit(self) -> Float[Tensor, " out"]:
         """v̂ in float64."""
-        vector = self.vector.double()
-        vector = vector / vector.abs().max()
-        return vector / sum_rows((vector * vector)[:, None]).sqrt()
+        return self._kept.unit
 
     def region(self, shape: tuple[int, int], head_width: int) -> Region:
         """Return whole columns."""

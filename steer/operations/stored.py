@@ -1,8 +1,9 @@
-"""Operations from their stored form: the JSON of `as_json` and the tensors beside it."""
+"""Operations as a file holds them: the JSON of `as_json`, and the tensors beside it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,32 +19,32 @@ from steer.operations.project import ProjectColumns
 Json = Mapping[str, Any]
 
 
-def _project_out(matrix: Matrix, stored: Json, tensors: Mapping[str, Tensor]) -> Operation:
-    heads = None if stored["heads"] is None else tuple(stored["heads"])
-    vector, weight = tensors["vector"], stored["weight"]
+def _project_out(matrix: Matrix, row: Json, tensors: Mapping[str, Tensor]) -> Operation:
+    heads = None if row["heads"] is None else tuple(row["heads"])
+    vector, weight = tensors["vector"], row["weight"]
     return ProjectColumns(matrix.layer, matrix.module, heads, vector, weight, matrix.expert, matrix.bias)
 
 
-def _scale(matrix: Matrix, stored: Json, tensors: Mapping[str, Tensor]) -> Operation:
-    heads = None if stored["heads"] is None else tuple(stored["heads"])
-    return Scale(matrix, stored["factor"], heads, stored["weight"])
+def _scale(matrix: Matrix, row: Json, tensors: Mapping[str, Tensor]) -> Operation:
+    heads = None if row["heads"] is None else tuple(row["heads"])
+    return Scale(matrix, row["factor"], heads, row["weight"])
 
 
-def _add_low_rank(matrix: Matrix, stored: Json, tensors: Mapping[str, Tensor]) -> Operation:
-    return AddLowRank(matrix, tensors["A"], tensors["B"], stored["weight"])
+def _add_low_rank(matrix: Matrix, row: Json, tensors: Mapping[str, Tensor]) -> Operation:
+    return AddLowRank(matrix, tensors["A"], tensors["B"], row["weight"])
 
 
-def _add_dense(matrix: Matrix, stored: Json, tensors: Mapping[str, Tensor]) -> Operation:
-    return AddDense(matrix, tensors["delta"], stored["weight"], stored.get("digest"))
+def _add_dense(matrix: Matrix, row: Json, tensors: Mapping[str, Tensor]) -> Operation:
+    return AddDense(matrix, tensors["delta"], row["weight"], row["digest"])
 
 
-def _add_bias(matrix: Matrix, stored: Json, tensors: Mapping[str, Tensor]) -> Operation:
-    return AddBias(matrix.layer, matrix.module, tensors["vector"], stored["weight"], matrix.expert)
+def _add_bias(matrix: Matrix, row: Json, tensors: Mapping[str, Tensor]) -> Operation:
+    return AddBias(matrix.layer, matrix.module, tensors["vector"], row["weight"], matrix.expert)
 
 
-def _set_slice(matrix: Matrix, stored: Json, tensors: Mapping[str, Tensor]) -> Operation:
-    rows, columns = stored["rows"], stored["columns"]
-    return SetSlice(matrix, (rows[0], rows[1]), (columns[0], columns[1]), tensors["values"], stored["weight"])
+def _set_slice(matrix: Matrix, row: Json, tensors: Mapping[str, Tensor]) -> Operation:
+    rows, columns = row["rows"], row["columns"]
+    return SetSlice(matrix, (rows[0], rows[1]), (columns[0], columns[1]), tensors["values"], row["weight"])
 
 
 # Of each operation: its keys beside `operation`, `matrix` and `weight`, the tensors it needs, and how it is made.
@@ -57,18 +58,64 @@ KNOWN: dict[str, tuple[tuple[str, ...], tuple[str, ...], Callable[[Matrix, Json,
 }
 
 
-def operation_of(stored: Json, tensors: Mapping[str, Tensor], path: str | Path) -> Operation:
-    """Return the operation that `as_json` and `tensors` describe.
+def stored(operations: Sequence[Operation]) -> tuple[list[dict[str, Any]], Mapping[str, Tensor]]:
+    """Return what an artifact holds: a row of JSON per operation, and the tensors, equal ones once.
+
+    Each row says with `tensors` under which operation's number its tensors stand. A tensor that is read when needed is
+    read when the mapping is asked for it.
+    """
+    rows: list[dict[str, Any]] = []
+    first: dict[tuple[str, str], int] = {}
+    places: dict[str, tuple[Operation, str]] = {}
+    for index, operation in enumerate(operations):
+        row = operation.as_json()
+        if names := list(operation.tensors):
+            row["tensors"] = first.setdefault((row["operation"], operation.digest()), index)
+            if row["tensors"] == index:
+                places |= {f"operation.{index}.{name}": (operation, name) for name in names}
+        if isinstance(operation, AddDense):
+            row["digest"] = operation.digest()
+        rows.append(row)
+    return rows, _Tensors(places)
+
+
+@dataclass(frozen=True, eq=False)
+class _Tensors(Mapping[str, Tensor]):
+    """Tensors of operations by the names they have in a file, looked up when they are asked for."""
+
+    places: Mapping[str, tuple[Operation, str]]
+
+    def __getitem__(self, name: str) -> Tensor:
+        operation, own = self.places[name]
+        return operation.tensors[own]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+
+def operations_of(rows: Sequence[Json], tensors: Mapping[str, Tensor], path: str | Path) -> tuple[Operation, ...]:
+    """Return the operations that `stored` wrote down.
 
     Args:
-        stored: as `as_json` made it.
-        tensors: by the names of `Operation.tensors`.
+        rows: the JSON.
+        tensors: of the file.
         path: the file, for messages.
 
     Raises:
         SteerError: an operation that this version does not know, or one that lacks a key or a tensor.
     """
-    name = str(stored.get("operation"))
+    by_number: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        stem, _, own = name.rpartition(".")
+        by_number.setdefault(stem, {})[own] = tensor
+    return tuple(_operation(row, by_number.get(f"operation.{row.get('tensors')}", {}), path) for row in rows)
+
+
+def _operation(row: Json, tensors: Mapping[str, Tensor], path: str | Path) -> Operation:
+    name = str(row.get("operation"))
     if name not in KNOWN:
         raise SteerError(
             f"{path} holds the operation {name!r}",
@@ -76,9 +123,9 @@ def operation_of(stored: Json, tensors: Mapping[str, Tensor], path: str | Path) 
             "Read it with the version that wrote it",
         )
     keys, needed, make = KNOWN[name]
-    wanted = ("operation", "matrix", "weight", *keys)
-    known_keys(stored, wanted, f"an operation of {path}")
-    missing = [key for key in wanted if key not in stored and key != "digest"]
+    wanted = ("operation", "matrix", "weight", *keys, *(("tensors",) if needed else ()))
+    known_keys(row, wanted, f"an operation of {path}")
+    missing = [key for key in wanted if key not in row]
     missing += [tensor for tensor in needed if tensor not in tensors]
     if missing:
         raise SteerError(
@@ -86,4 +133,4 @@ def operation_of(stored: Json, tensors: Mapping[str, Tensor], path: str | Path) 
             f"the keys {', '.join(wanted)} and the tensors {', '.join(needed) or 'none'}",
             "Make the file again",
         )
-    return make(Matrix.parse(stored["matrix"]), stored, tensors)
+    return make(Matrix.parse(row["matrix"]), row, tensors)

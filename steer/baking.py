@@ -1,0 +1,134 @@
+"""Baking: a steering as operations on weights, row by row of DESIGN §4 (`steer.form_table` says what has no such form).
+
+With v the direction of a layer, v̂ its unit vector, a and w the strengths, W and b the output projection and its bias:
+
+    Add at attn_raw, mlp_raw                          b += a v
+    Add at attn_out, mlp_out, resid_mid, resid_post   b += (a / m) v, where what is added to the stream is m times raw
+    ProjectOut at attn_raw, attn_out, mlp_raw, mlp_out   W, b <- (I - w v̂v̂ᵀ) W, (I - w v̂v̂ᵀ) b
+    ProjectOut at head_out                            W[:, columns of the heads] <- (I - w v̂v̂ᵀ) W[:, columns of the heads]
+    ProjectOut at resid_pre of layer 0                E <- E (I - w v̂v̂ᵀ), for the embedding E (vocab, hidden)
+
+In a layer with experts the output is a sum of weighted outputs, so projecting every expert's down projection (bias
+too) and the shared expert's projects the sum, whatever the weights. Adding a vector is another matter: added to every
+expert it arrives times the sum of the weights, so only where that sum is always the same number can it be said.
+
+Operations stand in the order in which the hooks act: along the forward pass, then as the steering lists them. So a
+projection at `attn_out` also takes out of the bias what an addition at `attn_raw` put there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from steer import form_table
+from steer.anatomy.resolve import Anatomy
+from steer.anatomy.slots import Matrix
+from steer.errors import SteerError
+from steer.interventions import Add, Intervention, ProjectOut
+from steer.operations import AddBias, Operation, ProjectColumns
+from steer.sites import site
+from steer.steering import Steering
+from steer.writers import has_bias, part, weights_sum, writers
+
+if TYPE_CHECKING:
+    from steer.model import SteerableModel
+
+
+def operations_for(
+    steering: Steering, model: SteerableModel | Anatomy | str | Path | None, untie: bool = False
+) -> tuple[Operation, ...]:
+    """Return the operations that do what a steering does; see `steer.patches.Patch.from_steering`.
+
+    Raises:
+        SteerError: the steering does not fit the model; an intervention has no patch form there.
+    """
+    anatomy = _anatomy(steering, model)
+    made: list[Operation] = []
+    for each in sorted(steering.interventions, key=lambda each: site(each.site).order):
+        _refuse(each, anatomy, untie)
+        made += _of(each, anatomy, made)
+    return tuple(made)
+
+
+def _anatomy(steering: Steering, model: SteerableModel | Anatomy | str | Path | None) -> Anatomy | None:
+    if model is None:
+        return None
+    if isinstance(model, Anatomy):
+        steering.check(model)
+        return model
+    from steer.targets import target_of  # It imports this module's neighbours, which import the patches.
+
+    target = target_of(model)
+    steering.check(target.anatomy, target.identity)
+    return target.anatomy
+
+
+def _refuse(each: Intervention, anatomy: Anatomy | None, untie: bool) -> None:
+    what = f"{type(each).__name__} at {each.site} in phase {each.phase}"
+    if anatomy is None:
+        if not (isinstance(each, ProjectOut) and each.site == "head_out" and each.phase == "all"):
+            raise SteerError(
+                f"{what} has a patch form, if any, only for a known model",
+                "the model, its anatomy or its folder",
+                "Pass it: Patch.from_steering(steering, model); or use the hook form, `model.steered(steering)`",
+            )
+        return
+    for verdict in form_table.patch(each, anatomy, untie):
+        if verdict.reason is not None:
+            raise SteerError(
+                f"{what} has no patch form on this {anatomy.family} model, {form_table.layers_of(verdict)}: {verdict.reason}",
+                "",
+                f"{verdict.remedy}; the hook form is `model.steered(steering)`",
+            )
+
+
+def _of(each: Intervention, anatomy: Anatomy | None, made: Sequence[Operation]) -> list[Operation]:
+    if isinstance(each, ProjectOut) and each.heads is not None:
+        return [
+            ProjectColumns(
+                layer,
+                "attention_output",
+                tuple(head for at, head in each.heads if at == layer),
+                each.direction[layer],
+                each.weight,
+            )
+            for layer in each.active_layers
+        ]
+    assert anatomy is not None, "everything else was refused without one"
+    if isinstance(each, Add):
+        return list(_added(each, anatomy))
+    assert isinstance(each, ProjectOut), "the table refuses everything else"
+    if each.site == "resid_pre":
+        return [ProjectColumns(-1, "embedding", None, each.direction[0], each.weight)]
+    return list(_projected(each, anatomy, made))
+
+
+def _added(add: Add, anatomy: Anatomy) -> Iterator[Operation]:
+    behind = part(add.site, anatomy)
+    assert behind is not None, "the table refuses a site without a projection"
+    multiplier = 1.0 if add.site.endswith("_raw") else behind.contribution.multiplier
+    for layer in add.active_layers:
+        first, *others = writers(anatomy, behind.module, layer)
+        weight = add.coefficient / (multiplier * weights_sum(anatomy, behind.module, layer))
+        added = AddBias(layer, first.module, add.direction[layer], weight, first.expert)
+        yield added
+        for other in others:
+            if other.module == first.module:  # Every expert; the shared one's share is no part of their sum.
+                yield replace(added, expert=other.expert)
+
+
+def _projected(project: ProjectOut, anatomy: Anatomy, made: Sequence[Operation]) -> Iterator[Operation]:
+    behind = part(project.site, anatomy)
+    assert behind is not None, "the table refuses a site without a projection"
+    grown = {operation.matrix for operation in made if isinstance(operation, AddBias)}
+    for layer in project.active_layers:
+        vector = project.direction[layer]
+        for target in writers(anatomy, behind.module, layer):
+            named = (target.layer, target.module, None, vector, project.weight, target.expert)
+            yield ProjectColumns(*named)
+            bias = Matrix(target.layer, target.module, target.expert, bias=True)
+            if bias in grown or has_bias(anatomy, target):
+                yield ProjectColumns(*named, bias=True)

@@ -1,0 +1,91 @@
+"""Which matrices write to the residual stream behind a site, with which biases; anatomy alone, no weights, no torch.
+
+`steer.form_table` decides with it what weights can say, `steer.anatomy.forms` outlines it from headers, and
+`steer.baking` makes the operations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from steer.anatomy.resolve import Anatomy, Contributes
+from steer.anatomy.slots import Matrix
+
+# Families whose chosen experts' weights always have one sum, whatever the token: a softmax over the chosen ones.
+CONSTANT_SUM = {"gpt_oss": 1.0}
+
+
+@dataclass(frozen=True)
+class Part:
+    """A projection that writes to the residual stream, and what happens between its output and the stream."""
+
+    module: str
+    word: str
+    contribution: Contributes
+
+
+def part(site: str, anatomy: Anatomy) -> Part | None:
+    """Return the projection behind a site; adding at resid_mid or resid_post is adding at attn_out or mlp_out."""
+    if site in ("attn_raw", "attn_out", "resid_mid"):
+        return Part("attention_output", "attention output", anatomy.attention_contribution)
+    if site in ("mlp_raw", "mlp_out", "resid_post"):
+        return Part("mlp_output", "MLP output", anatomy.mlp_contribution)
+    return None
+
+
+def writers(anatomy: Anatomy, module: str, layer: int) -> tuple[Matrix, ...]:
+    """Return the matrices of a layer whose outputs make up what a part adds to the stream.
+
+    Args:
+        anatomy: of the model.
+        module: `attention_output`, or `mlp_output`, for which a layer with experts has every expert's down projection
+            and the shared expert's output.
+        layer: counts from 0.
+    """
+    if module == "attention_output" or layer in anatomy.dense_mlp_layers:
+        return (Matrix(layer, module),)
+    found = [
+        matrix
+        for word in ("expert_down", "shared_expert_output")
+        for matrix in (anatomy.matrices(word) if hasattr(anatomy, "matrices") else ())
+        if matrix.layer == layer
+    ]
+    return tuple(found)
+
+
+def has_bias(anatomy: Anatomy, matrix: Matrix) -> bool:
+    """Whether the model has the bias that goes with a matrix."""
+    if matrix.expert >= 0:
+        return anatomy.has_bias(matrix.module, matrix.layer, matrix.expert)
+    return anatomy.has_bias(matrix.module, matrix.layer)
+
+
+def bias_form(anatomy: Anatomy, module: str, layer: int) -> tuple[str | None, str | None]:
+    """Say how an output bias of a layer can take up a vector.
+
+    Returns:
+        (note, None) where it can, the note empty where the model has the bias already; (None, reason) where it cannot.
+    """
+    found = writers(anatomy, module, layer)
+    if module == "mlp_output" and layer not in anatomy.dense_mlp_layers:
+        experts = [matrix for matrix in found if matrix.module == "expert_down"]
+        if not experts or not all(has_bias(anatomy, matrix) for matrix in experts):
+            return None, "the layer has experts whose outputs are weighted and summed, and they have no biases"
+        if anatomy.family not in CONSTANT_SUM:
+            return (
+                None,
+                "the weights of the chosen experts do not always have the same sum, so a bias would be scaled by it",
+            )
+        return f"the bias of {len(experts)} experts a layer", None
+    if has_bias(anatomy, found[0]):
+        return "", None
+    grown = anatomy.output_bias(module) if hasattr(anatomy, "output_bias") else None
+    if grown is None:
+        return None, f"{anatomy.family} models load no bias there"
+    return f"a new bias, with {grown.config_key} set", None
+
+
+def weights_sum(anatomy: Anatomy, module: str, layer: int) -> float:
+    """Return what a vector added by every writer of a part is multiplied by: 1 but for experts of `CONSTANT_SUM`."""
+    dense = module == "attention_output" or layer in anatomy.dense_mlp_layers
+    return 1.0 if dense else CONSTANT_SUM[anatomy.family]
