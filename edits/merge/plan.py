@@ -6,13 +6,15 @@ import html
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edits.checkpoint.folder import Progress
-from edits.checkpoint.plan import QUANTISED_REMEDY, SourceFile, source_files
+from edits.checkpoint.source import SourceFile, source_files
+from edits.compatibility import Compatibility, compatibility
+from edits.donors import Checkpoint
 from edits.merge import vocabulary
 from edits.merge.job import FLOATS, Found, Job, job, position, promoted
 from edits.merge.produce import memory
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from edits.merge.run import Merged
 
 INTEGERS = ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")
+_OURS = ("tensors", "tied embeddings")
 _RECOMPUTED = "rotary_emb.inv_freq"
 
 
@@ -38,6 +41,7 @@ class MergePlan:
         jobs: one per tensor of floats, in order of the layout.
         carried: tensors of integers, by name: the bytes of the layout's, equal in every model.
         config: of the result; None where the layout's stays as it is.
+        compatibility: how the models go together.
         files: every file that is taken, tokenizer files from where the recipe says.
         notes: what a reader might not expect.
     """
@@ -47,6 +51,7 @@ class MergePlan:
     jobs: tuple[Job, ...]
     carried: Mapping[str, tuple[Path, Entry]]
     config: dict[str, Any] | None
+    compatibility: Compatibility
     files: tuple[SourceFile, ...]
     notes: tuple[str, ...]
 
@@ -95,6 +100,7 @@ class MergePlan:
         return [
             f"{self.recipe.merge_method} of {', '.join(self.folders)}; files and shards as {next(iter(self.folders))} has them",
             f"tensors: {counts}",
+            f"compatibility {self.compatibility.summary()}",
             f"{self.bytes_read:,} bytes are read, {self.bytes_to_write:,} bytes of tensors are written; "
             f"buffers hold at most {self.memory / 1e6:.0f} MB, whatever the size of a tensor",
             *(f"note: {note}" for note in self.notes),
@@ -107,12 +113,17 @@ class MergePlan:
         return "".join(f"<div>{html.escape(line)}</div>" for line in self.summary())
 
 
-def plan(recipe: Recipe | str | os.PathLike[str] | Mapping[str, Any]) -> MergePlan:
-    """Match a recipe with its models; reads headers and configurations, loads and writes nothing.
+def plan(recipe: Recipe | str | os.PathLike[str] | Mapping[str, Any], *, force: Sequence[str] = ()) -> MergePlan:
+    """Match a recipe with its models; reads headers, configurations and a few samples of numbers, and writes nothing.
+
+    Args:
+        recipe: a `Recipe`, a YAML file, or the same as a mapping.
+        force: checks of `edits.compatibility` to pass over, such as "common ancestor".
 
     Raises:
         SteerError: the recipe is refused; a model is not there, is quantised, lacks a tensor, has one too many, stores
-            experts otherwise, or has other shapes; vocabularies differ and the recipe does not say what to do.
+            experts otherwise, or has other shapes; vocabularies differ and the recipe does not say what to do; the models
+            do not go together.
     """
     recipe = (
         recipe if isinstance(recipe, Recipe) else read_recipe(recipe if isinstance(recipe, Mapping) else Path(recipe))
@@ -122,7 +133,13 @@ def plan(recipe: Recipe | str | os.PathLike[str] | Mapping[str, Any]) -> MergePl
     _check_layers(recipe, folders)
     notes = [*recipe.notes]
     found = _found(recipe, folders, notes)
-    _check_models(recipe, folders)
+    together = _compatible(folders, force)
+    notes += [
+        f"{row.check}: {row.donor} has {row.found}, {together.base} has {row.expected}"
+        + (f" ({row.note})" if row.note else "")
+        for row in together.rows
+        if row.verdict == "warn" or row.check in together.overridden(force)
+    ]
     jobs = tuple(job(recipe, each) for each in found)
     carried = {
         name: (folders[recipe.layout].folder, entry)
@@ -135,7 +152,7 @@ def plan(recipe: Recipe | str | os.PathLike[str] | Mapping[str, Any]) -> MergePl
         tokens = folders[_tokenizer(recipe)].folder
         if any(each.shape[:1] == (rows,) and _differs(each) for each in found):
             vocabulary.check_ids(tokens, rows)
-    return MergePlan(recipe, folders, jobs, carried, config, files, tuple(notes))
+    return MergePlan(recipe, folders, jobs, carried, config, together, files, tuple(notes))
 
 
 def _differs(found: Found) -> bool:
@@ -170,16 +187,12 @@ def _layers(config: Mapping[str, Any]) -> int | None:
     return None
 
 
-def _check_models(recipe: Recipe, folders: Mapping[str, Headers]) -> None:
-    """Refuse models of different families, and whatever else would garble the result."""
-    (first, layout), *rest = folders.items()
-    for name, headers in rest:
-        if headers.config.get("model_type") != layout.config.get("model_type"):
-            raise SteerError(
-                f"{first} is a {layout.config.get('model_type')} and {name} a {headers.config.get('model_type')}",
-                "models of one family",
-                "Merge models that were tuned from one base",
-            )
+def _compatible(folders: Mapping[str, Headers], force: Sequence[str]) -> Compatibility:
+    """Hold every model against the layout's; names and shapes of tensors, and tied heads, are looked at by name here."""
+    first, *rest = (Checkpoint(name, headers) for name, headers in folders.items())
+    found = compatibility(first, *rest)
+    checks = {row.check for row in found.rows}
+    return found.require([*force, *(check for check in _OURS if check in checks and check not in force)])
 
 
 def _found(recipe: Recipe, folders: Mapping[str, Headers], notes: list[str]) -> list[Found]:
@@ -198,7 +211,9 @@ def _found(recipe: Recipe, folders: Mapping[str, Headers], notes: list[str]) -> 
         if wrong:
             name, word = next(iter(wrong.items()))
             raise SteerError(
-                f"{tensor} of {name} has dtype {word}", f"one of {', '.join(sorted(FLOATS))}", QUANTISED_REMEDY
+                f"{tensor} of {name} has dtype {word}",
+                f"one of {', '.join(sorted(FLOATS))}",
+                "Merge the unquantised models and quantise the result",
             )
         shape = vocabulary.merged_shape(
             tensor, {name: each.shape for name, each in entries.items()}, sizes, recipe.vocabulary

@@ -35,7 +35,7 @@ def _linear(job: Job, reader: Reader, note: Note) -> Iterator[Tensor]:
 
 def _slerp(job: Job, reader: Reader, note: Note) -> Iterator[Tensor]:
     mixed = slerp.mix(job.t, (slerp.products(first, second) for first, second in reader.pieces()))
-    note |= {"cosine": round(mixed.cosine, 9), "straight": mixed.straight}
+    note |= {"angle": round(mixed.cosine, 9), "straight": mixed.straight}
     for first, second in reader.pieces():
         yield slerp.slerp_(first, second, mixed)
 

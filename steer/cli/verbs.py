@@ -34,6 +34,7 @@ _ALL = (
     Verb("apply", "steer.cli.apply", "write a patched checkpoint"),
     Verb("revert", "steer.cli.revert", "give a patched checkpoint its original weights back"),
     Verb("diff", "steer.cli.diff", "which tensors of two checkpoints differ, by how much and of which rank"),
+    Verb("merge", "steer.cli.merge", "merge models by a recipe of mergekit's format"),
     Verb("verify", "steer.cli.verify", "measure whether two subjects are the same model"),
     Verb("export", "steer.cli.export", "hand a change to other programs, such as a LoRA adapter"),
 )
