@@ -341,15 +341,17 @@ def piece(path: Path, entry: Entry, rows: slice, columns: slice) -> Float[Tensor
             f"a tensor of {path} has the dtype {entry.dtype}", f"one of {', '.join(TORCH)}", "Take an unquantised model"
         )
     height, width = Slot(path.name).shape(entry.shape)
-    item, count = BYTES[entry.dtype], rows.stop - rows.start
-    if columns.start == 0 and columns.stop == width:
+    item, shape = BYTES[entry.dtype], (rows.stop - rows.start, columns.stop - columns.start)
+    if not shape[0] * shape[1]:
+        return torch.empty(shape, dtype=TORCH[entry.dtype])
+    if shape[1] == width:
         source = os.open(path, os.O_RDONLY)
         try:
             start = entry.start + rows.start * width * item
-            data = read_exactly(source, start, start + count * width * item)
+            data = read_exactly(source, start, start + shape[0] * width * item)
         finally:
             os.close(source)
     else:
         mapped = np.memmap(path, np.uint8, "r", entry.start, (height, width * item))
-        data = np.ascontiguousarray(mapped[rows, columns.start * item : columns.stop * item])
-    return torch.from_numpy(data).reshape(-1).view(TORCH[entry.dtype]).view(count, columns.stop - columns.start)
+        data = np.array(mapped[rows, columns.start * item : columns.stop * item], order="C").reshape(-1)
+    return torch.from_numpy(data).view(TORCH[entry.dtype]).view(shape)
