@@ -289,7 +289,7 @@ class TestAdapters:
 
     def test_dora_is_refused(self, folders, tmp_path):
         adapter(tmp_path / "dora", folders["base"], ["q_proj"], use_dora=True)
-        with pytest.raises(SteerError, match="(?i)dora"):
+        with pytest.raises(SteerError, match=r"(?i)dora"):
             donor(tmp_path / "dora")
 
     def test_only_adapters_stand_behind_a_plus(self, folders, tmp_path):
@@ -300,7 +300,7 @@ class TestAdapters:
 
 class TestRefusals:
     def test_whole_models_must_cancel(self, folders):
-        with pytest.raises(SteerError, match="add up to 1.5 whole models"):
+        with pytest.raises(SteerError, match=r"add up to 1.5 whole models"):
             ReasoningVector(((1.0, donor(folders["plus"])), (0.5, donor(folders["minus"]))))
 
     def test_no_terms(self):
@@ -318,7 +318,7 @@ class TestRefusals:
         del found["lm_head.weight"]
         save_file(found, tmp_path / "less/model.safetensors")
         vector = reasoning_vector(folders["plus"], tmp_path / "less")
-        with pytest.raises(SteerError, match="no tensor lm_head.weight"):
+        with pytest.raises(SteerError, match=r"no tensor lm_head.weight"):
             vector.norm()
         assert vector.masked(modules=["!lm_head*"]).norm() > 0, "as the message says"
 
@@ -327,7 +327,7 @@ class TestRefusals:
         found = tensors(folders["minus"])
         found["lm_head.weight"] = torch.zeros(60, 48)
         save_file(found, tmp_path / "wide/model.safetensors")
-        with pytest.raises(SteerError, match="lm_head.weight has the shape"):
+        with pytest.raises(SteerError, match=r"lm_head.weight has the shape"):
             reasoning_vector(folders["plus"], tmp_path / "wide").norm()
 
     def test_models_that_do_not_go_together_make_no_patch(self, folders, vector, tmp_path):

@@ -142,7 +142,7 @@ def test_strengths_multiply(vector):
 
 
 def test_strengths_of_layers_that_are_not_there(vector):
-    with pytest.raises(SteerError, match="(?i)layer 7"):
+    with pytest.raises(SteerError, match=r"(?i)layer 7"):
         vector.with_alphas({7: 1.0})
     with pytest.raises(SteerError, match="finite"):
         vector.with_alphas({0: float("nan")})
