@@ -9,6 +9,7 @@ from steer.lazy import export
 if TYPE_CHECKING:
     from edits.arithmetic import ReasoningVector as ReasoningVector
     from edits.arithmetic import reasoning_vector as reasoning_vector
+    from edits.checkpoint.proof import prove as prove
     from edits.checkpoint.undo import revert as revert
     from edits.compatibility import compatibility as compatibility
     from edits.diff import diff as diff
@@ -29,6 +30,7 @@ export(
         "beta_of": "edits.valve",
         "compatibility": "edits.compatibility",
         "diff": "edits.diff",
+        "prove": "edits.checkpoint.proof",
         "reasoning_vector": "edits.arithmetic",
         "merge": "edits.merge",
         "revert": "edits.checkpoint.undo",

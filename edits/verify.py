@@ -163,7 +163,7 @@ def _on_disk(subject: Subject) -> OnDisk | None:
     patches = []
     for change, scale in subject.changes:
         try:
-            patches.append((change if isinstance(change, Patch) else Patch.from_steering(change), scale))
+            patches.append((change if isinstance(change, Patch) else Patch.from_steering(change, subject), scale))
         except SteerError:
             return None
     return OnDisk(subject.path, tuple(patches), subject.anatomy.record)

@@ -76,9 +76,10 @@ def on_disk(subject: OnDisk | str | os.PathLike[str]) -> OnDisk:
     parsed = parse(text)
     if parsed.backend != "hf":
         raise SteerError(f"{text!r} asks for vLLM", "a subject without vllm:", "Its weights are the checkpoint's own")
+    folder = locate(parsed.model).folder
     changes = [(load_change(path, parsed.model), scale) for path, scale in parsed.changes]
-    patches = [(each if isinstance(each, Patch) else Patch.from_steering(each), scale) for each, scale in changes]
-    return OnDisk(locate(parsed.model).folder, tuple(patches))
+    patches = [(each if isinstance(each, Patch) else Patch.from_steering(each, folder), c) for each, c in changes]
+    return OnDisk(folder, tuple(patches))
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""`steer verify`: measure whether two subjects are the same model."""
+"""`steer verify`: measure whether two subjects are the same model, or prove an edit from its manifest."""
 
 from __future__ import annotations
 
@@ -7,63 +7,99 @@ from typing import Annotated
 
 import typer
 
-from edits.checkpoint.compare import OnDisk
-from edits.verify import Subject as Side
-from edits.verify import verify
+from edits.checkpoint.compare import OnDisk, on_disk
+from edits.checkpoint.manifest import PATCH
+from edits.checkpoint.proof import prove
+from edits.verify import TOKENS, verify
 from steer.cli.options import Json, Quiet, Seed, Subject
 from steer.cli.output import Output
 from steer.errors import SteerError
 from steer.model import SteerableModel
-from steer.patches import Patch
 from steer.promptfile import read_prompts
 from steer.prompts import Content
-from steer.sources import locate
-from steer.subjects import load_change, open_subject, parse
+from steer.subjects import open_subject
+
+Weights = Annotated[
+    bool,
+    typer.Option(
+        "--weights",
+        help="Compare tensors on disk only; no model is loaded. A base and what `apply` made of it: prove the edit.",
+    ),
+]
+Quick = Annotated[
+    bool, typer.Option("--quick", help="With --weights, of an edit: know by size alone what the patch leaves as it is.")
+]
+Prompts = Annotated[
+    Path | None,
+    typer.Option(
+        "--prompts",
+        help="Prompts to reply to: one per line, or .jsonl as for generate; a few built-in ones if not given.",
+        show_default=False,
+    ),
+]
+Tokens = Annotated[int, typer.Option("--tokens", min=0, help="Length of the greedy replies; 0: write none.")]
+Tolerance = Annotated[
+    float | None,
+    typer.Option("--tolerance", help="Largest logit difference that passes.", show_default="3 x floor"),
+]
 
 
 def command(
     first: Subject,
     second: Subject,
-    weights: Annotated[
-        bool, typer.Option("--weights", help="Compare tensors on disk only; no model is loaded.")
-    ] = False,
-    prompts: Annotated[
-        Path | None,
-        typer.Option("--prompts", help="More prompts: one per line, or .jsonl as for generate.", show_default=False),
-    ] = None,
-    tolerance: Annotated[
-        float | None,
-        typer.Option("--tolerance", help="Largest logit difference that passes.", show_default="3 x floor"),
-    ] = None,
+    weights: Weights = False,
+    quick: Quick = False,
+    prompts: Prompts = None,
+    tokens: Tokens = TOKENS,
+    tolerance: Tolerance = None,
     seed: Seed = 0,
     json: Json = False,
     quiet: Quiet = False,
 ) -> int:
     """Measure whether two subjects are the same model: bytes, then logits. Exits with 1 if they are not."""
     output = Output(json, quiet)
-    sides: list[Side] = [_on_disk(first), _on_disk(second)] if weights else [open_subject(first), open_subject(second)]
-    more = _questions(sides[0]) if prompts is None else [prompt.content for prompt in read_prompts(prompts)]
-    found = verify(sides[0], sides[1], more, weights_only=weights, tolerance=tolerance)
+    if weights:
+        sides = on_disk(first), on_disk(second)
+        if _is_edit(*sides):
+            return _prove(*sides, read=not quick, output=output)
+        if quick:
+            raise SteerError(
+                "--quick is for a base and the checkpoint that `steer apply` made of it",
+                f"a second folder with {PATCH}, and no patch on either side",
+                "Leave --quick out",
+            )
+        found = verify(*sides, weights_only=True)
+    elif quick:
+        raise SteerError("--quick was given without --weights", "both, or none")
+    else:
+        a, b = open_subject(first), open_subject(second)
+        more = _questions(a) if prompts is None else [prompt.content for prompt in read_prompts(prompts)]
+        found = verify(a, b, more, tolerance=tolerance, tokens=tokens)
     output.text(str(found))
     output.result(found.to_dict())
     return 0 if found.passed else 1
 
 
-def _questions(side: Side) -> list[Content]:
-    """Return some of the organism's own questions; none for other models."""
-    card = side.card if isinstance(side, SteerableModel) else None
+def _is_edit(base: OnDisk, edited: OnDisk) -> bool:
+    """Whether the question is what became of a base, not whether two checkpoints are the same."""
+    files = [side.folder / PATCH for side in (base, edited)]
+    found = [file.read_bytes() if file.is_file() else None for file in files]
+    return not base.patches and not edited.patches and found[1] is not None and found[0] != found[1]
+
+
+def _prove(base: OnDisk, edited: OnDisk, *, read: bool, output: Output) -> int:
+    with output.progress("tensors checked") as bar:
+        found = prove(edited.folder, base.folder, read=read, progress=lambda done, total: bar.to(done, total))
+    output.text(str(found))
+    output.result(found.to_dict())
+    return 0 if found.passed else 1
+
+
+def _questions(side: SteerableModel) -> list[Content] | None:
+    """Return some of the organism's own questions; None, the built-in ones, for other models."""
+    card = side.card
     if card is None or "task" not in card:
-        return []
+        return None
     from experiments.tasks import named
 
     return [item.content(chat=True) for item in named(str(card["task"])).items(8)]
-
-
-def _on_disk(text: str) -> OnDisk:
-    """Read a subject without loading its model."""
-    subject = parse(text)
-    if subject.backend != "hf":
-        raise SteerError(f"{text!r} asks for vLLM", "a subject without vllm:", "Its weights are the checkpoint's own")
-    changes = [(load_change(path), scale) for path, scale in subject.changes]
-    patches = [(each if isinstance(each, Patch) else Patch.from_steering(each), scale) for each, scale in changes]
-    return OnDisk(locate(subject.model).folder, tuple(patches))
