@@ -81,7 +81,7 @@ def export_lora(
             another model; `out` exists.
     """
     base = checkpoint(model, anatomy)
-    patch = change if isinstance(change, Patch) else Patch.from_steering(change)
+    patch = change if isinstance(change, Patch) else Patch.from_steering(change, base.anatomy)
     check_same(patch.model, base.identity, "the patch")
     if patch.config:
         raise SteerError(f"the patch sets {', '.join(patch.config)} in config.json", "changes of weights", REMEDY)

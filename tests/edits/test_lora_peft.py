@@ -118,13 +118,13 @@ def test_float64_factors_merged_in_float64_give_every_byte(
 
 
 def test_merged_in_float32_peft_rounds_once_more(tiny_folder: Folder, tmp_path: Path) -> None:
-    """It rounds B A and then the sum, we round once: some numbers differ by one unit in the last place."""
+    """A, B, their product and the sum are rounded there, here the sum alone: five halves of a unit in the last place."""
     base, edit = tiny_folder("qwen3"), patch()
     export_lora(edit, base, tmp_path / "a")
     done = applied(edit, base, tmp_path / "edited")
     merged = under_peft(base, tmp_path / "a").merge_and_unload()
     count, worst = differing(merged, loaded(done), loaded(base))
-    assert worst <= 1
+    assert worst <= 2.5
     assert 0 < count < 0.15 * 3 * 16 * 48
 
 
