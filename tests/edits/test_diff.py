@@ -22,6 +22,7 @@ from edits.checkpoint.change import Change
 from edits.difference import COLUMNS, SHOWN, Difference, TensorDifference, share_text
 from steer.cli.app import run
 from steer.errors import SteerError
+from steer.sources import locate
 from tests.edits.material import patch
 
 Folder = Callable[..., Path]
@@ -97,6 +98,28 @@ def test_the_organism_and_its_sibling(tmp_path: Path) -> None:
     assert found.tensors == 68 and found.count > 60 and found.layers == 6 and not found.config
     assert edits.diff("organism:chain", "organism:chain").same
     assert edits.diff("organism:chain", "organism:chain").same_file == 68
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_thinkedit_on_the_organism_shows_its_heads_alone(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Heads of three layers; in one of them two heads with a direction each, so the rank there is 2."""
+    base = tmp_path / "base"
+    shutil.copytree(locate("organism:chain").folder, base)
+    words = {name: tensor.to(dtype) for name, tensor in tensors(base).items()}
+    save_file(words, base / "model.safetensors", {"format": "pt"})
+    one = patch(((1, (0, 2)), (3, (5,)), (5, (1,))), hidden=128)
+    two = patch(((3, (2,)),), seed=8, hidden=128)
+    done = replace(one, operations=(*one.operations, *two.operations)).plan(base).apply(tmp_path / "out")
+    found = edits.diff(base, done)
+    ranks = {each.layer: each.change.rank for each in found.differing}
+    assert {each.kind for each in found.differing} == {"self_attn.o_proj"} and ranks == {1: 1, 3: 2, 5: 1}
+    width = 16
+    for each in found.differing:
+        before, after = (tensors(Path(side))[each.name].double().numpy() for side in (base, done))
+        heads = {1: (0, 2), 3: (2, 5), 5: (1,)}[each.layer or 0]
+        columns = np.flatnonzero((before != after).any(0))
+        assert set(columns // width) == set(heads) and each.change.share == np.mean(before != after)
+    assert str(found).count("self_attn.o_proj") == 3 and "3 of 68 tensors differ" in str(found)
 
 
 def test_links_are_not_read(tiny_folder: Folder, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import edits
 import steer
@@ -20,9 +21,11 @@ from steer.anatomy.headers import read_headers
 from steer.directions import Direction
 from steer.errors import SteerError
 from steer.interventions import Add
+from steer.operations import AddDense
+from steer.patches import Patch
 from steer.steering import Steering
 from tests import tiny
-from tests.edits.material import patch
+from tests.edits.material import matrix, patch
 
 Folder = Callable[..., Path]
 
@@ -49,7 +52,7 @@ def test_equal_subjects_agree_in_every_spelling(pair: tuple[steer.SteerableModel
     model, done = pair
     for first in (model.with_(patch()), model.with_(patch().steering()), OnDisk(model.path, ((patch(), 1.0),)), done):  # type: ignore[arg-type]
         for second in (done, str(done)):
-            found = edits.verify(first, second)
+            found = edits.verify(first, second, [])
             assert found.passed and found.bytes_equal is True and found.differing == ()
             assert found.floor is not None and found.tolerance == 3 * found.floor and found.cast is None
             assert found.max_abs_logit_difference is not None and found.max_abs_logit_difference <= found.tolerance
@@ -94,7 +97,7 @@ def test_the_floor_is_the_models_own_rounding(pair: tuple[steer.SteerableModel, 
     ],
 )
 def test_what_is_not_equal_fails_in_bytes_and_logits(pair: tuple[steer.SteerableModel, Path], wrong: Any) -> None:
-    found = edits.verify(wrong(pair[0]), pair[1])
+    found = edits.verify(wrong(pair[0]), pair[1], [])
     assert not found.passed and found.bytes_equal is False and found.differing
     assert found.max_abs_logit_difference is not None and found.tolerance is not None
     assert found.max_abs_logit_difference > found.tolerance and "DISAGREE" in str(found)
@@ -121,9 +124,9 @@ def test_wrong_bytes_fail_even_where_logits_agree(pair: tuple[steer.SteerableMod
 def test_a_hook_with_no_weight_form_is_compared_by_logits(pair: tuple[steer.SteerableModel, Path]) -> None:
     model = pair[0]
     added = Steering((Add(Direction(torch.ones(1, 48), (1,), "resid_post"), "resid_post", 0.5),))
-    assert edits.verify(model.with_(added), model.with_(added)).bytes_equal is None
-    assert edits.verify(model.with_(added), model.with_(added)).passed
-    assert not edits.verify(model.with_(added), model).passed
+    assert edits.verify(model.with_(added), model.with_(added), []).bytes_equal is None
+    assert edits.verify(model.with_(added), model.with_(added), []).passed
+    assert not edits.verify(model.with_(added), model, []).passed
     with pytest.raises(SteerError, match="on disk"):
         edits.verify(model.with_(added), model, weights_only=True)
 
@@ -141,12 +144,12 @@ def test_narrow_checkpoints_agree_exactly_with_the_patch_and_up_to_the_cast_with
 ) -> None:
     model = steer.load(tiny_folder("qwen3", dtype=dtype), self_check=False)
     done = patch().plan(model.path).apply(tmp_path / "out")  # type: ignore[arg-type]
-    exact, hook = edits.verify(model.with_(patch()), done), edits.verify(model.with_(patch().steering()), done)
+    exact, hook = edits.verify(model.with_(patch()), done, []), edits.verify(model.with_(patch().steering()), done, [])
     assert exact.passed and exact.max_abs_logit_difference == 0 and exact.cast is None
     assert hook.passed and hook.bytes_equal and hook.cast is not None and hook.cast > exact.floor  # type: ignore[operator]
     assert hook.tolerance == pytest.approx(3 * (hook.floor + hook.cast))  # type: ignore[operator]
     for wrong in (model.with_(patch(seed=8).steering()), model.with_(patch().steering(), coefficient=0.5)):
-        found = edits.verify(wrong, done)
+        found = edits.verify(wrong, done, [])
         assert not found.passed and found.max_abs_logit_difference > found.tolerance  # type: ignore[operator]
 
 
@@ -178,7 +181,7 @@ def test_large_models_run_in_their_own_dtype_with_a_stated_tolerance(
 
 def test_prompts_and_tolerance_can_be_given(pair: tuple[steer.SteerableModel, Path]) -> None:
     model, done = pair
-    words = ["hello why", [{"role": "user", "content": "1 + 2"}]]
+    words: list[Any] = ["hello why", [{"role": "user", "content": "1 + 2"}]]
     fixed = edits.verify(model.with_(patch()), done, []).positions
     assert edits.verify(model.with_(patch()), done, tokens=0).positions == fixed
     found = edits.verify(model.with_(patch()), done, words, tokens=5)
@@ -215,9 +218,9 @@ def test_the_measures_of_every_phase_are_those_of_a_loop(pair: tuple[steer.Steer
             rows.setdefault(word, []).append((kl, bool(log_p.argmax() == log_q.argmax()), largest))
     assert {each.phase for each in found.phases} == set(rows) == {"prompt", "opening", "thinking", "answer"}
     for each in found.phases:
-        kl, top, largest = (np.array(column) for column in zip(*rows[each.phase], strict=True))
-        assert each.positions == len(kl) and each.kl == pytest.approx(kl.mean(), rel=1e-3, abs=1e-7)
-        assert each.top1_agreement == top.mean() and each.max_abs_logit_difference == pytest.approx(largest.max(), 1e-3)
+        kls, tops, gaps = (np.array(column) for column in zip(*rows[each.phase], strict=True))
+        assert each.positions == len(kls) and each.kl == pytest.approx(kls.mean(), rel=1e-3, abs=1e-7)
+        assert each.top1_agreement == tops.mean() and each.max_abs_logit_difference == pytest.approx(gaps.max(), 1e-3)
     assert found.kl == pytest.approx(sum(each.kl * each.positions for each in found.phases) / found.positions)
     assert all(f"in {each.phase}" in str(found) for each in found.phases)
 
@@ -258,6 +261,28 @@ def test_a_model_without_marks_or_tokenizer_has_two_phases_and_no_replies() -> N
     assert [each.phase for each in found.phases] == ["prompt", "generated"] and found.greedy is None
 
 
+@pytest.mark.parametrize("family", ["qwen3_moe", "llama"])
+def test_dense_differences_agree_in_memory_and_against_a_copy_made_by_hand(
+    tiny_folder: Folder, tmp_path: Path, family: str
+) -> None:
+    """Half of a full matrix is added, in memory by the patch and to the file by torch; a tenth more must not pass."""
+    base = tiny_folder(family)
+    delta = torch.randn(48, 64 if family == "qwen3_moe" else 48, generator=torch.Generator().manual_seed(1)) * 0.1
+    change = Patch((AddDense(matrix(1), delta),))
+    done = tmp_path / "done"
+    shutil.copytree(base, done)
+    tensors = load_file(base / "model.safetensors")
+    name = "model.layers.1.self_attn.o_proj.weight"
+    tensors[name] = (tensors[name].double() + 0.5 * delta.double()).float()
+    save_file(tensors, done / "model.safetensors", {"format": "pt"})
+    model = steer.load(base, self_check=False)
+    found = edits.verify(model.with_(change, coefficient=0.5), done)
+    assert found.passed and found.max_abs_logit_difference == 0 and found.greedy is not None
+    assert found.greedy.same == found.greedy.replies and found.bytes_equal is True
+    wrong = edits.verify(model.with_(change, coefficient=0.6), done)
+    assert not wrong.passed and wrong.differing == (name,)
+
+
 def test_subjects_are_texts_too(pair: tuple[steer.SteerableModel, Path], tmp_path: Path) -> None:
     patch().save(tmp_path / "p.safetensors")
     text = f"{pair[0].path}+{tmp_path / 'p.safetensors'}"
@@ -271,7 +296,7 @@ def test_prompts_reach_every_phase_of_a_thinking_model(pair: tuple[steer.Steerab
     d = Direction(torch.ones(1, 48), (1,), "resid_post")
     for phase in ("prompt", "opening", "thinking", "answer"):
         added = Steering((Add(d, "resid_post", 0.5, phase=phase),))
-        assert not edits.verify(pair[0].with_(added), pair[0]).passed, phase
+        assert not edits.verify(pair[0].with_(added), pair[0], []).passed, phase
 
 
 def test_other_vocabularies_are_refused(tiny_folder: Folder) -> None:
