@@ -85,7 +85,7 @@ class AdapterValve:
         """Run the adapter at alpha while the context is open; then its scales are as they were, also after an error.
 
         Args:
-            model: the model that the valve was made of, or that model inside `steer.wrap`.
+            model: the model that the valve was made of; or the wrapped model that PEFT put the adapter into.
             alpha: 0 gives the base model's logits, 1 plain PEFT's; any finite number.
 
         Raises:
@@ -233,7 +233,7 @@ def _of_model(model: nn.Module, adapter: str | None) -> AdapterValve:
 def _nonlinear(module: Any, adapter: str) -> str:
     """Say why a wrapped module is no line through the base model; empty where it is."""
     if not isinstance(getattr(module, "scaling", None), dict):
-        whole = adapter in getattr(module, "modules_to_save", ()) or adapter in getattr(module, "token_adapter", ())
+        whole = hasattr(module, "original_module") and adapter in getattr(module, "_adapters", ())
         return "is replaced by a trained copy, which no scale turns back" if whole else ""
     if adapter not in module.scaling:
         return ""

@@ -59,7 +59,7 @@ def setting_rows(label: str, config: Config, base: Config) -> Iterator[Row]:
     here, there = rope(found), rope(expected)
     why = "queries and keys are rotated by other angles, so the weights live in other coordinates"
     yield from _row("rope_theta", label, here.pop("rope_theta", None), there.pop("rope_theta", None), "stop", why)
-    yield from _row("rope parameters", label, here or None, there or None, "stop", why)
+    yield from _row("rope parameters", label, here or "plain", there or "plain", "stop", why)
     why = "one model has a head of its own and the other uses its embedding"
     yield from _row("tied embeddings", label, _tied(found), _tied(expected), "stop", why)
     yield from _others(label, found, expected)
@@ -141,6 +141,6 @@ def _others(label: str, found: Config, expected: Config) -> Iterator[Row]:
 
 
 def _text(value: Any) -> str:
-    if isinstance(value, float) and value >= 1:
+    if isinstance(value, int | float) and value >= 10_000:
         return f"{value:,.10g}"
     return "not stated" if value is None else str(value)
