@@ -10,12 +10,13 @@ import typer
 from edits.lora import Adapter, export_lora, extract_lora
 from steer.cli.options import Json, Out, Quiet, Seed
 from steer.cli.output import Output
+from steer.control_vectors import write
 from steer.errors import SteerError
 from steer.patches import Patch
 from steer.steering import Steering
 from steer.subjects import load_change
 
-FORMATS = ("lora",)
+FORMATS = ("lora", "gguf")
 
 
 def command(
@@ -24,7 +25,7 @@ def command(
         typer.Argument(
             metavar="FILE",
             show_default=False,
-            help="A patch, or a steering that has a patch form; with --base a tuned checkpoint.",
+            help="A patch or a steering; with --base a tuned checkpoint.",
         ),
     ],
     out: Out,
@@ -52,14 +53,21 @@ def command(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Hand a change to other programs: as a LoRA adapter (PEFT, vLLM), exported or extracted from two checkpoints."""
+    """Hand a change to other programs: as a LoRA adapter (PEFT, vLLM), or as a control vector (llama.cpp, repeng)."""
     output = Output(json, quiet)
     if form not in FORMATS:
         raise SteerError(
             f"there is no export as {form!r}",
             f"one of {', '.join(FORMATS)}",
-            "A checkpoint for any engine is written by `steer apply`",
+            "`steer apply` writes a checkpoint for any engine; lm-eval takes one, or the model itself: HFLM(pretrained=m.hf)",
         )
+    if form == "gguf":
+        if any(given is not None for given in (base, rank, model)) or allow_rest:
+            raise SteerError(
+                "a control vector is made from a steering alone", "--as gguf without --model, --base, --rank"
+            )
+        _control_vector(Path(change), out, output)
+        return
     if base is not None:
         made = _extracted(change, base, out, rank, allow_rest, dtype, anatomy, seed, output)
     else:
@@ -74,6 +82,16 @@ def command(
     output.table(str(made), ["matrix", "rank", "norm", "relative", "error"], rows)
     output.text(f"Run it with PEFT, or with `steer generate {base or model or made.base}+{out}`")
     output.result(made.to_dict())
+
+
+def _control_vector(file: Path, out: Path, output: Output) -> None:
+    found = load_change(file)
+    if not isinstance(found, Steering):
+        raise SteerError(f"{file} changes weights", "a steering that adds vectors", "Export it with --as lora")
+    norms = write(found, out)
+    output.table(f"control vector {out}: {len(norms)} layers", ["layer", "norm"], list(norms.items()))
+    output.text(f"Run it with llama.cpp: llama-cli -m MODEL.gguf --control-vector-scaled {out} 1.0")
+    output.result({"control_vector": str(out), "norms": norms})
 
 
 def _extracted(

@@ -30,13 +30,14 @@ _ALL = (
     Verb("probe length", "steer.cli.probe.length", "the direction from short to long thoughts"),
     Verb("probe heads", "steer.cli.probe.heads", "how much each attention head writes against a direction"),
     Verb("patch thinkedit", "steer.cli.patch.thinkedit", "take a direction out of what chosen heads can write"),
+    Verb("patch direction", "steer.cli.patch.direction", "a steering as a patch of weights, where it has that form"),
     Verb("patch difference", "steer.cli.patch.difference", "what one checkpoint has beyond another, to add elsewhere"),
     Verb("apply", "steer.cli.apply", "write a patched checkpoint"),
     Verb("revert", "steer.cli.revert", "give a patched checkpoint its original weights back"),
     Verb("diff", "steer.cli.diff", "which tensors of two checkpoints differ, by how much and of which rank"),
     Verb("merge", "steer.cli.merge", "merge models by a recipe of mergekit's format"),
     Verb("verify", "steer.cli.verify", "measure whether two subjects are the same model"),
-    Verb("export", "steer.cli.export", "hand a change to other programs, such as a LoRA adapter"),
+    Verb("export", "steer.cli.export", "hand a change to other programs: a LoRA adapter, a control vector"),
 )
 VERBS: dict[str, Verb] = {verb.name: verb for verb in _ALL}
 GROUPS: dict[str, str] = {

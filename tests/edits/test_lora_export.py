@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -274,4 +275,4 @@ def test_other_weights_another_shape_and_a_taken_name_are_refused(tiny_folder: F
 def test_a_steering_without_factors_is_refused(tiny_folder: Folder, tmp_path: Path) -> None:
     base, direction = tiny_folder("qwen3"), Direction(random(1, 48), (1,), "resid_mid")
     for each in (Add(direction, "attn_out"), ProjectOut(direction, "resid_post")):
-        refused(lambda each=each: export_lora(Steering((each,)), base, tmp_path / "a"), "")
+        refused(partial(export_lora, Steering((each,)), base, tmp_path / "a"), "")

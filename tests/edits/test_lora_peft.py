@@ -39,7 +39,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 def loaded(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     for parameter in model.parameters():  # A map of the file is aligned otherwise, which alone moves logits by 2e-7.
         parameter.data = parameter.data.clone()
     return model.eval()

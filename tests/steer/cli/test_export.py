@@ -99,6 +99,7 @@ def test_two_checkpoints_become_an_adapter_with_its_error(say: Say, files: Path,
     ("words", "expected"),
     [
         (("edit.safetensors", "--as", "onnx"), ("'onnx'", "lora")),
+        (("edit.safetensors", "--as", "lm-eval"), ("'lm-eval'", "HFLM", "steer apply")),
         (("edit.safetensors", "--as", "lora", "--allow-rest"), ("--base",)),
         (("dense.safetensors", "--as", "lora"), ("--model MODEL",)),
         (("dense.safetensors", "--as", "lora", "--model", "BASE"), ("dense difference", "--rank R")),
@@ -115,6 +116,21 @@ def test_refusals_name_the_way_out(
     assert status == 2
     assert all(word in error for word in expected), error
     assert not (files / "a").exists()
+
+
+def test_a_steering_that_adds_becomes_a_control_vector(say: Say, files: Path) -> None:
+    pytest.importorskip("gguf", reason="gguf is not installed; `make setup` installs it")
+    Steering((Add(Direction(torch.ones(1, 48), (1,), "resid_mid"), "resid_post", 2.0),)).save(files / "stream.yaml")
+    status, text, _ = say("export", files / "stream.yaml", "--as", "gguf", "--out", files / "v.gguf", "--json")
+    assert status == 0
+    assert json.loads(text)["norms"] == {"1": pytest.approx(2 * 48**0.5)}
+    assert (files / "v.gguf").read_bytes()[:4] == b"GGUF"
+    for name, words in (("push.yaml", "resid_post"), ("edit.safetensors", "--as lora")):
+        status, _, error = say("export", files / name, "--as", "gguf", "--out", files / "w.gguf")
+        assert (status, words in error) == (2, True), error
+    status, _, error = say("export", files / "stream.yaml", "--as", "gguf", "--rank", 2, "--out", files / "w.gguf")
+    assert (status, "--rank" in error) == (2, True)
+    assert not (files / "w.gguf").exists()
 
 
 def test_an_adapter_can_be_written_again(say: Say, files: Path, tiny_folder: Folder) -> None:
