@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from edits.compatibility import compatibility
 from edits.lora.disk import Checkpoint, checkpoint
 from edits.lora.export import shared
 from edits.lora.factors import missing, truncated
@@ -64,13 +65,14 @@ def extract_lora(
         progress: called with the number of tensors of the base that are done; they add up to all.
 
     Raises:
-        SteerError: the checkpoints have different tensors, or no projection differs; a rank below 1; something differs
-            that cannot be in an adapter; a tensor is quantised; `out` exists.
+        SteerError: the checkpoints have different tensors, or configurations that do not go together, or no projection
+            differs; a rank below 1; something differs that cannot be in an adapter; a tensor is quantised; `out` exists.
     """
     if rank < 1:
         raise SteerError(f"the rank is {rank}", "a whole number above 0")
     first, second, told = checkpoint(base, anatomy), checkpoint(tuned, anatomy), progress or (lambda count: None)
     _same_tensors(first, second)
+    notes = () if anatomy is not None else _warnings(base, tuned)
     groups, others = _groups(first)
     left = []
     for matrix, why in others.items():
@@ -87,7 +89,7 @@ def extract_lora(
             told(len({first.anatomy.on_disk(matrix).name for matrix in members.values()}))
         if not rows:
             raise SteerError(f"no projection of {base} and {tuned} differs", "two checkpoints that differ")
-        made = Adapter(path, first.name, tuple(rows), tuple(left))
+        made = Adapter(path, first.name, tuple(rows), tuple(left), notes)
         models = {"model": first.identity.to_dict(), "tuned": second.identity.to_dict()}
         seal(partial, found, made, models | {"rank": rank, "dtype": dtype, "seed": seed})
     return made
@@ -115,6 +117,16 @@ def _same_tensors(first: Checkpoint, second: Checkpoint) -> None:
             "one shape for both",
             "An adapter cannot resize a tensor, such as a vocabulary; merge checkpoints instead: `steer merge`",
         )
+
+
+def _warnings(base: str | Path, tuned: str | Path) -> tuple[str, ...]:
+    """Say what beside the tensors differs and may matter.
+
+    Raises:
+        SteerError: something differs that would garble the output, such as the rotation of positions.
+    """
+    report = compatibility(base, tuned).require()
+    return tuple(f"{row.check}: {row.found}, base {row.expected}" for row in report.rows if row.verdict == "warn")
 
 
 def _groups(base: Checkpoint) -> tuple[dict[Place, dict[Place, Matrix]], dict[Matrix, str]]:

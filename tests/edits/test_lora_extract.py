@@ -146,4 +146,9 @@ def test_checkpoints_that_do_not_go_together_are_refused(tiny_folder: Folder, tm
     model, _ = tiny.build("qwen3", vocab_size=64)
     model.save_pretrained(tmp_path / "wide")
     refused(lambda: extract_lora(base, tmp_path / "wide", 4, tmp_path / "a"), "shape", "vocabulary", "steer merge")
+    turned = tuned(base, tmp_path / "turned", by_rank(1))
+    settings = json.loads((turned / "config.json").read_text())
+    settings["rope_parameters"]["rope_theta"] = 5e5
+    (turned / "config.json").write_text(json.dumps(settings))
+    refused(lambda: extract_lora(base, turned, 4, tmp_path / "a"), "rope_theta")
     assert not (tmp_path / "a").exists()
