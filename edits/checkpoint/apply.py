@@ -7,29 +7,35 @@ the cast to the checkpoint's dtype.
 
 from __future__ import annotations
 
-import hashlib
 import html
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-
-from edits.checkpoint.folder import FileTask, FolderPlan, Progress, refuse_occupied, write_folder
-from edits.checkpoint.manifest import MANIFEST, PATCH, UNDO, FileRecord, Manifest, TensorRecord
-from edits.checkpoint.plan import FLOATS, Plan, SourceFile, Touched
-from edits.checkpoint.stream import Bytes, Json, Splice, read_exactly, safetensors_header, splice, write_all
-from steer.anatomy.headers import Entry
-from steer.errors import SteerError
-from steer.identity import shape_id
-from steer.operations import edit_
+from edits.checkpoint import undo
+from edits.checkpoint.card import CARD, card, survival_text
+from edits.checkpoint.created import changed_config, dumped
+from edits.checkpoint.expect import check_expectations
+from edits.checkpoint.expect import pin as pin
+from edits.checkpoint.folder import Progress, refuse_occupied
+from edits.checkpoint.manifest import MANIFEST, PATCH, Differing, FileRecord, Manifest, TensorRecord
+from edits.checkpoint.pieces import TORCH as TORCH
+from edits.checkpoint.pieces import Editing
+from edits.checkpoint.pieces import edited_bytes as edited_bytes
+from edits.checkpoint.plan import Plan
+from edits.checkpoint.stream import Bytes, Json
+from edits.checkpoint.touched import Touched
+from edits.checkpoint.write import OutTensor, file_hash, refuse_inside, write_checkpoint
+from edits.checkpoint.write import hash_of as hash_of
+from steer.anatomy.headers import INDEX
+from steer.files import replacing, write_text
+from steer.identity import canonical, shape_id
+from steer.operations import AddDense
 from steer.patches import Patch
 
-TORCH = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+CONFIG = "config.json"
+STORY = "steer/patch.json"
 
 
 @dataclass(frozen=True)
@@ -59,15 +65,16 @@ class Edited(os.PathLike[str]):
 
     def summary(self) -> str:
         """Say in one line what was done."""
-        share = (
-            "" if self.survived is None else f"; at least {self.survived:.4f} of the wanted change survived the cast"
-        )
-        return f"{self.path}: {self.manifest.coverage}{share}; undo from {self.manifest.undo}"
+        manifest = self.manifest
+        share = "" if self.survived is None else f"; surviving change: {survival_text(manifest)}"
+        forced = f"; {len(manifest.forced)} matrices were not what the patch expects" if manifest.forced else ""
+        source = "the originals in steer/undo" if manifest.undo == "kept" else "base"
+        return f"{self.path}: {manifest.coverage}{share}{forced}; undo from {source}"
 
     def _repr_html_(self) -> str:
         rows = "".join(
             f"<tr><td>{html.escape(t.matrix)}</td><td>{html.escape(t.name)}</td><td>{_number(t.survived)}</td><td>{_number(t.cosine)}</td></tr>"
-            for t in self.manifest.tensors
+            for t in self.manifest.edited
         )
         return f"<div>{html.escape(self.summary())}</div><table><tr><th>matrix</th><th>tensor</th><th>survived</th><th>cosine</th></tr>{rows}</table>"
 
@@ -83,6 +90,7 @@ def apply(
     resume: bool = False,
     link: bool = False,
     keep_undo: bool = False,
+    hash_all: bool = False,
     progress: Progress | None = None,
 ) -> Edited:
     """Write the checkpoint that a plan describes.
@@ -92,7 +100,8 @@ def apply(
         out: a new folder, outside the base.
         resume: finish `out.partial`; finished files are checked and skipped, the result has the same bytes.
         link: share untouched files with the base by hard links where the file system can.
-        keep_undo: store the original columns, so that `revert` needs no base.
+        keep_undo: store the original numbers that may change, so that `revert` needs no base.
+        hash_all: hash every file while it is written, not the touched tensors alone; kept bytes are then read.
         progress: called with numbers of bytes as they are done.
 
     Raises:
@@ -100,26 +109,26 @@ def apply(
             is in the way or was begun with something else; the disk refuses.
     """
     base = plan.folder.resolve()
-    if out.resolve().is_relative_to(base):
-        raise SteerError(
-            f"the output {out} lies inside the base {plan.folder}",
-            "a folder outside of it",
-            "A checkpoint is never changed in place",
-        )
+    refuse_inside(out, {base})
     refuse_occupied(out, resume)
-    check_expectations(plan)
-    touched = _by_file(plan.touched)
-    tasks = [task for file in plan.files for task in _tasks(file, touched.get(file.name, []), link, keep_undo)]
-    key = {
+    forced = check_expectations(plan)
+    texts = {CONFIG: dumped(changed_config(plan.headers.config, plan.config))} if plan.config else {}
+    key: Json = {
         "patch": plan.patch.fingerprint,
         "base": str(base),
         "files": {file.name: [file.size, file.modified] for file in plan.files},
-        "undo": "slices" if keep_undo else "base",
+        "undo": "kept" if keep_undo else "base",
+        "dtype": plan.dtype,
+        "untie": plan.untie,
+        "hash_all": hash_all,
     }
 
     def seal(unfinished: Path, records: Mapping[str, Json]) -> None:
-        plan.patch.save(unfinished / PATCH, overwrite=True)
-        _manifest(plan, base, records, str(key["undo"])).write(unfinished)
+        _save_patch(plan.patch, unfinished)
+        manifest = _manifest(plan, unfinished, base, records, str(key["undo"]), forced)
+        with replacing(unfinished / CARD, overwrite=True) as path:
+            path.write_bytes(card(plan, manifest))
+        _with_card(manifest, unfinished, plan, hash_all).write(unfinished)
 
     def sealed(unfinished: Path) -> bool:
         if not (unfinished / MANIFEST).exists():
@@ -127,157 +136,105 @@ def apply(
         found = Manifest.read(unfinished)
         return (found.patch, found.base, found.undo) == (key["patch"], key["base"], key["undo"])
 
-    path = write_folder(out, FolderPlan(tasks, key, seal, sealed), resume=resume, progress=progress)
+    path = write_checkpoint(
+        out,
+        out_tensors(plan),
+        [file for file in plan.files if file.name != CARD],
+        key=key,
+        seal=seal,
+        sealed=sealed,
+        texts=texts,
+        extra=undo.tasks(plan, keep_undo),
+        resume=resume,
+        link=link,
+        hash_all=hash_all,
+        progress=progress,
+    )
     return Edited(path, Manifest.read(path))
 
 
-def pin(plan: Plan) -> Patch:
-    """Return the plan's patch with the hashes of the tensors that it touches, so that it fits this base alone."""
-    return replace(plan.patch, expects={tensor.matrix: hash_on_disk(plan.folder, tensor) for tensor in plan.touched})
+def out_tensors(plan: Plan) -> list[OutTensor]:
+    """Return every tensor of the result, kept or made."""
+    made = {tensor.name: tensor for tensor in (*plan.touched, *plan.widened)}
+    found = [
+        OutTensor(name, entry.dtype, entry.shape, entry.file, kept=(plan.folder / entry.file, entry))
+        for name, entry in plan.headers.tensors.items()
+        if name not in made
+    ]
+    for tensor in made.values():
+        make, record = _maker(plan.folder, tensor)
+        found.append(OutTensor(tensor.name, tensor.dtype, tensor.shape, tensor.file, make=make, record=record))
+    order = {name: number for number, name in enumerate([*plan.headers.tensors, *made])}
+    return sorted(found, key=lambda tensor: order[tensor.name])
 
 
-def check_expectations(plan: Plan) -> None:
-    """Refuse a base whose touched tensors are not those that the patch was made for, before anything is written.
+def _maker(folder: Path, tensor: Touched) -> tuple[Callable[[], Iterator[Bytes]], Callable[[], Json]]:
+    """Return what makes a tensor, and what then says how that went."""
+    last: list[Editing] = []
 
-    Raises:
-        SteerError: a hash differs.
-    """
-    for tensor in plan.touched:
-        expected = plan.patch.expects.get(tensor.matrix)
-        if expected is not None and (found := hash_on_disk(plan.folder, tensor)) != expected:
-            raise SteerError(
-                f"{tensor.name} of {plan.folder} has the hash {found[:19]}…",
-                f"{expected[:19]}…, which the patch was made for",
-                "Apply it to the model it was made on, or make it again",
-            )
+    def make() -> Iterator[Bytes]:
+        last[:] = [Editing(folder, tensor)]
+        return last[0].pieces()
+
+    return make, lambda: last[0].record()
 
 
-def hash_on_disk(folder: Path, tensor: Touched) -> str:
-    """Return the hash of a tensor's bytes."""
-    source = os.open(folder / tensor.entry.file, os.O_RDONLY)
-    try:
-        return hash_of(read_exactly(source, tensor.entry.start, tensor.entry.end))
-    finally:
-        os.close(source)
+def _save_patch(patch: Patch, unfinished: Path) -> None:
+    """Write the patch beside the manifest; one that reads its numbers from other checkpoints is described instead."""
+    lazy = [each for each in patch.operations if isinstance(each, AddDense) and not hasattr(each.delta, "dtype")]
+    if not lazy:
+        patch.save(unfinished / PATCH, overwrite=True)
+        return
+    story = {
+        "fingerprint": patch.fingerprint,
+        "operations": [{**each.as_json(), "digest": each.digest()} for each in patch.operations],
+        "provenance": dict(patch.provenance),
+    }
+    write_text(unfinished / STORY, canonical(story) + "\n", overwrite=True)
 
 
-def hash_of(data: Bytes) -> str:
-    """Return `sha256:…` of some bytes, as `steer.operations.tensor_hash` says it of a tensor."""
-    return "sha256:" + hashlib.sha256(data.data).hexdigest()
+def _manifest(
+    plan: Plan, unfinished: Path, base: Path, records: Mapping[str, Json], undone: str, forced: tuple[Differing, ...]
+) -> Manifest:
+    made = (*plan.touched, *plan.widened)
+    tensors = tuple(TensorRecord(**records[tensor.file]["tensors"][tensor.name]) for tensor in made)
+    return Manifest(
+        base=str(base),
+        family=str(plan.headers.config.get("model_type")),
+        shape_id=shape_id(plan.anatomy.numbers()) if plan.anatomy is not None else "",
+        patch=plan.patch.fingerprint,
+        coverage=plan.coverage,
+        undo=undone,
+        config=plan.config,
+        forced=forced,
+        tensors=tensors,
+        files=tuple(_files(plan, unfinished, records)),
+    )
 
 
-def _by_file(touched: Iterable[Touched]) -> dict[str, list[Touched]]:
-    found: dict[str, list[Touched]] = {}
-    for tensor in touched:
-        found.setdefault(tensor.entry.file, []).append(tensor)
+def _files(plan: Plan, unfinished: Path, records: Mapping[str, Json]) -> list[FileRecord]:
+    changed = {tensor.file for tensor in (*plan.touched, *plan.widened)}
+    rewritten = undo.rewritten(plan)
+    found = []
+    for file in plan.files:
+        if file.name == CARD:
+            continue
+        change = "kept"
+        if file.name in rewritten:
+            change = "rewritten"
+        elif file.name in changed:
+            change = "spliced"
+        elif file.name in (CONFIG, INDEX) and (unfinished / file.name).read_bytes() != file.path.read_bytes():
+            change = "replaced"
+        size, digest = (unfinished / file.target).stat().st_size, records[file.target].get("sha256")
+        found.append(FileRecord(file.target, size, change, file.known_hash, digest))
     return found
 
 
-def _tasks(file: SourceFile, touched: list[Touched], link: bool, keep_undo: bool) -> Iterable[FileTask]:
-    if touched and keep_undo:
-        yield _undo_task(file, touched)
-    shared = file.path if link and not touched else None
-    yield FileTask(
-        file.target,
-        file.size,
-        lambda target, progress: _write(file, touched, target, progress),
-        lambda path, record: _intact(path, touched, record),
-        shared,
-    )
-
-
-def _write(file: SourceFile, touched: list[Touched], target: int, progress: Progress) -> Json:
-    source = os.open(file.path, os.O_RDONLY)
-    try:
-        parts = [Splice(tensor.entry.start, tensor.entry.end, partial(_edit, tensor)) for tensor in touched]
-        return {"tensors": {record["name"]: record for record in splice(source, target, file.size, parts, progress)}}
-    finally:
-        os.close(source)
-
-
-def _edit(tensor: Touched, data: Bytes) -> Json:
-    """Edit the bytes of one tensor in place, and say what happened."""
-    before = hash_of(data)
-    weight = torch.from_numpy(data).view(TORCH[tensor.entry.dtype]).view(tensor.entry.shape)
-    survival = edit_(weight, tensor.operations, tensor.head_width)
-    return {
-        "name": tensor.name,
-        "file": tensor.entry.file,
-        "matrix": str(tensor.matrix),
-        "before": before,
-        "after": hash_of(data),
-        "wanted": survival.wanted,
-        "survived": survival.share,
-        "cosine": survival.cosine,
-        "columns": columns_of(tensor),
-    }
-
-
-def _intact(path: Path, touched: list[Touched], record: Json) -> bool:
-    return all(hash_on_disk(path.parent, tensor) == record["tensors"][tensor.name]["after"] for tensor in touched)
-
-
-def _undo_task(file: SourceFile, touched: list[Touched]) -> FileTask:
-    """Keep the original columns of one shard's touched tensors, as a safetensors file of their own."""
-    entries = {
-        tensor.name: (
-            tensor.entry.dtype,
-            (tensor.entry.shape[0], len(tensor.heads) * tensor.head_width),
-            _undo_bytes(tensor),
-        )
-        for tensor in touched
-    }
-    header = safetensors_header(entries)
-
-    def write(target: int, progress: Progress) -> Json:
-        source, position, digest = os.open(file.path, os.O_RDONLY), len(header), hashlib.sha256(header)
-        try:
-            write_all(target, header, 0)
-            for tensor in touched:
-                data = read_exactly(source, tensor.entry.start, tensor.entry.end).reshape(tensor.entry.shape[0], -1)
-                kept = np.ascontiguousarray(data[:, byte_columns(columns_of(tensor), tensor.entry)]).reshape(-1)
-                write_all(target, kept, position)
-                digest.update(kept.data)
-                position += kept.nbytes
-        finally:
-            os.close(source)
-        progress(position)
-        return {"sha256": digest.hexdigest()}
-
-    def intact(path: Path, record: Json) -> bool:
-        with path.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest() == str(record["sha256"])
-
-    return FileTask(f"{UNDO}/{file.name}", len(header) + sum(map(_undo_bytes, touched)), write, intact)
-
-
-def columns_of(tensor: Touched) -> list[list[int]]:
-    """Return the half-open ranges of columns that may change, in order."""
-    return [[head * tensor.head_width, (head + 1) * tensor.head_width] for head in tensor.heads]
-
-
-def byte_columns(columns: Iterable[Sequence[int]], entry: Entry) -> NDArray[np.intp]:
-    """Return which bytes of a row belong to some ranges of columns."""
-    width = FLOATS[entry.dtype]
-    return np.concatenate(
-        [np.arange(start * width, end * width) for start, end in columns] or [np.empty(0, dtype=np.intp)]
-    )
-
-
-def _undo_bytes(tensor: Touched) -> int:
-    return tensor.entry.shape[0] * len(tensor.heads) * tensor.head_width * FLOATS[tensor.entry.dtype]
-
-
-def _manifest(plan: Plan, base: Path, records: Mapping[str, Json], undo: str) -> Manifest:
-    tensors = [TensorRecord(**records[tensor.entry.file]["tensors"][tensor.name]) for tensor in plan.touched]
-    touched = {tensor.file for tensor in tensors}
-    return Manifest(
-        base=str(base),
-        family=plan.anatomy.family,
-        shape_id=shape_id(plan.anatomy.numbers()),
-        patch=plan.patch.fingerprint,
-        coverage=plan.coverage,
-        undo=undo,
-        tensors=tuple(tensors),
-        files=tuple(FileRecord(file.target, file.size, file.name in touched, file.known_hash) for file in plan.files),
-    )
+def _with_card(manifest: Manifest, unfinished: Path, plan: Plan, hash_all: bool) -> Manifest:
+    known = next((file.known_hash for file in plan.files if file.name == CARD), None)
+    change = "replaced" if any(file.name == CARD for file in plan.files) else "added"
+    path = unfinished / CARD
+    record = FileRecord(CARD, path.stat().st_size, change, known, file_hash(path) if hash_all else None)
+    files = sorted((*manifest.files, record), key=lambda file: file.name)
+    return replace(manifest, files=tuple(files))

@@ -19,7 +19,7 @@ from steer.errors import SteerError
 from steer.files import write_text
 from steer.identity import known_keys
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = f"{OURS}/manifest.yaml"
 PATCH = f"{OURS}/patch.safetensors"
 UNDO = f"{OURS}/undo"
@@ -27,39 +27,67 @@ UNDO = f"{OURS}/undo"
 
 @dataclass(frozen=True)
 class TensorRecord:
-    """What happened to one tensor.
+    """What happened to one stored tensor.
 
     Attributes:
         name: on disk.
         file: that holds it.
-        matrix: its logical name.
-        before: hash of its bytes in the base.
+        matrix: logical names of what was edited in it; empty where only its dtype changed.
+        dtype: in the base; null where the base has no such tensor.
+        before: hash of its bytes in the base; null where it has none.
         after: hash of its bytes here.
         wanted: Frobenius norm of the wanted change.
         survived: norm of the stored change over `wanted`; null where nothing was wanted.
         cosine: between the two changes; null where one is zero.
-        columns: half-open ranges of columns that may differ, as [[start, end], …].
+        axes: experts, rows of each and numbers in a row, as it is stored; one expert where it is not fused.
+        boxes: what may differ beside the dtype, as [e0, e1, r0, r1, c0, c1] of these axes, half-open.
     """
 
     name: str
     file: str
     matrix: str
-    before: str
+    dtype: str | None
+    before: str | None
     after: str
-    wanted: float
+    wanted: float | None
     survived: float | None
     cosine: float | None
-    columns: list[list[int]]
+    axes: list[int]
+    boxes: list[list[int]]
 
 
 @dataclass(frozen=True)
 class FileRecord:
-    """One file of the checkpoint: its name here, its bytes, whether it holds a touched tensor, its hash in the base if known."""
+    """One file of the checkpoint.
+
+    Attributes:
+        name: here.
+        bytes: here.
+        change: "kept"; "spliced" (a shard with edited numbers between kept ones); "rewritten" (a shard with a new
+            header); "replaced" (a small file with other contents); "added" (not in the base).
+        base_hash: its hash in the base, where a hub cache gives it away.
+        sha256: of the file here, where all were hashed.
+    """
 
     name: str
     bytes: int
-    touched: bool
-    base_hash: str | None
+    change: str
+    base_hash: str | None = None
+    sha256: str | None = None
+
+    @property
+    def touched(self) -> bool:
+        """Whether it differs from the base's."""
+        return self.change != "kept"
+
+
+@dataclass(frozen=True)
+class Differing:
+    """A matrix of the base that is not the one that the patch was made for: its hash there and the expected one."""
+
+    matrix: str
+    found: str
+    expected: str
 
 
 @dataclass(frozen=True)
@@ -71,12 +99,14 @@ class Manifest:
         code_version: of this toolkit.
         base: absolute path of the checkpoint that was patched.
         family: model type of the base.
-        shape_id: hash of its anatomy's numbers.
+        shape_id: hash of its anatomy's numbers; empty for a family without a record.
         patch: fingerprint of the patch, which lies beside.
         coverage: what was touched, counted against what exists.
-        undo: "base" (needs the base), or "slices" (the original columns lie in `steer/undo`).
-        tensors: touched ones, in order of layer.
-        files: all files of the base, under their names here.
+        undo: "base" (needs the base), or "kept" (the original numbers lie in `steer/undo`).
+        config: dotted keys of config.json that were set.
+        forced: matrices that were not what the patch expects, and were edited all the same.
+        tensors: touched ones, in order of layer, then those of which only the dtype changed.
+        files: every file here but the manifest, the patch and the undo.
     """
 
     base: str
@@ -85,15 +115,22 @@ class Manifest:
     patch: str
     coverage: str
     undo: str
+    config: Mapping[str, Any]
+    forced: tuple[Differing, ...]
     tensors: tuple[TensorRecord, ...]
     files: tuple[FileRecord, ...]
     format: int = FORMAT
     code_version: str = ""
 
+    @property
+    def edited(self) -> tuple[TensorRecord, ...]:
+        """Tensors whose numbers were meant to change."""
+        return tuple(tensor for tensor in self.tensors if tensor.wanted)
+
     def write(self, folder: Path) -> None:
         """Write the manifest into a folder, in place of one that may be there."""
         data = asdict(self) | {"code_version": code_version()}
-        data["tensors"], data["files"] = list(data["tensors"]), list(data["files"])
+        data |= {key: list(data[key]) for key in ("tensors", "files", "forced")} | {"config": dict(self.config)}
         text = yaml.safe_dump(data, sort_keys=False, width=4096, allow_unicode=True)
         write_text(folder / MANIFEST, text, overwrite=True)
 
@@ -124,11 +161,12 @@ class Manifest:
                 "Read it with the version that wrote it",
             )
         data["tensors"] = tuple(_record(TensorRecord, entry, path) for entry in data.get("tensors", []))
+        data["forced"] = tuple(_record(Differing, entry, path) for entry in data.get("forced", []))
         data["files"] = tuple(_record(FileRecord, entry, path) for entry in data.get("files", []))
         return _record(cls, data, path)
 
 
-Kind = TypeVar("Kind", TensorRecord, FileRecord, Manifest)
+Kind = TypeVar("Kind", TensorRecord, FileRecord, Differing, Manifest)
 
 
 def _record(kind: type[Kind], data: Mapping[str, Any], path: Path) -> Kind:

@@ -136,13 +136,13 @@ def checkpoint_tasks(
     for file in files:
         if file.target not in texts and file.name not in shards:
             parts: list[Part] = [Copied(file.path, 0, file.size)]
-            tasks.append(_task(file.target, parts, file.path if link else None, hash_all))
+            tasks.append(parts_task(file.target, parts, file.path if link else None, hash_all))
     for name, held in shards.items():
         source = sources.get(name)
         parts = shard_parts(held, source)
         whole = source is not None and parts == [Copied(source.path, 0, source.size)]
-        tasks.append(_task(name, parts, source.path if link and source is not None and whole else None, hash_all))
-    tasks += [_task(name, [text.encode()], None, hash_all) for name, text in texts.items()]
+        tasks.append(parts_task(name, parts, source.path if link and source is not None and whole else None, hash_all))
+    tasks += [parts_task(name, [text.encode()], None, hash_all) for name, text in texts.items()]
     return sorted(tasks, key=lambda task: task.name)
 
 
@@ -243,7 +243,15 @@ def _root(file: SourceFile) -> Path:
     return file.path.parents[file.name.count("/")]
 
 
-def _task(name: str, parts: Sequence[Part], link: Path | None, hash_all: bool) -> FileTask:
+def parts_task(name: str, parts: Sequence[Part], link: Path | None = None, hash_all: bool = False) -> FileTask:
+    """Return how to write a file of these parts.
+
+    Args:
+        name: path in the folder.
+        parts: in order.
+        link: what may be linked instead.
+        hash_all: note the hash of the whole file.
+    """
     size = sum(len(part) if isinstance(part, bytes) else part.size for part in parts)
 
     def write(target: int, progress: Progress) -> Json:

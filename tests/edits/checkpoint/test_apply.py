@@ -67,7 +67,7 @@ def test_disk_holds_what_the_pure_function_says_and_nothing_else_changes(
 def _same_but_for(base: Path, done: Edited, touched: set[str]) -> None:
     """Every byte outside the touched tensors, headers included, is as in the base; the only new files are ours."""
     old, new = contents(base), contents(done.path)
-    assert {name for name in new if name not in old} == {"steer/manifest.yaml", "steer/patch.safetensors"}
+    assert {name for name in new if name not in old} == {"README.md", "steer/manifest.yaml", "steer/patch.safetensors"}
     entries = read_headers(base).tensors
     for name, data in old.items():
         left, right = bytearray(data), bytearray(new[name])
@@ -134,8 +134,12 @@ def test_manifest_tells_what_happened(tiny_folder: Folder, tmp_path: Path) -> No
         assert record.wanted == pytest.approx(float(wanted.norm()))
         assert record.survived == pytest.approx(float(actual.norm() / wanted.norm()))
         assert record.cosine == pytest.approx(float((wanted * actual).sum() / wanted.norm() / actual.norm()))
-    assert {file.name: file.bytes for file in found.files} == {name: len(data) for name, data in contents(base).items()}
-    assert [file.name for file in found.files if file.touched] == ["model.safetensors"]
+    sizes = {name: len(data) for name, data in contents(done.path).items() if not name.startswith("steer/")}
+    assert {file.name: file.bytes for file in found.files} == sizes and set(sizes) - set(contents(base)) == {
+        "README.md"
+    }
+    changes = {file.name: file.change for file in found.files if file.touched}
+    assert changes == {"README.md": "added", "model.safetensors": "spliced"}
     assert "steer" not in "".join(path.name for path in done.path.glob("*.safetensors"))
 
 
@@ -170,8 +174,9 @@ def test_links_share_untouched_files_only(tiny_folder: Folder, tmp_path: Path) -
     copied, linked = (patch().plan(base).apply(tmp_path / str(link), link=link) for link in (False, True))
     assert contents(copied.path) == contents(linked.path)
     for record in linked.manifest.files:
-        assert (base / record.name).samefile(linked.path / record.name) == (not record.touched)
-        assert not (base / record.name).samefile(copied.path / record.name)
+        if record.change != "added":
+            assert (base / record.name).samefile(linked.path / record.name) == (not record.touched)
+            assert not (base / record.name).samefile(copied.path / record.name)
 
 
 def test_two_runs_give_the_same_bytes(tiny_folder: Folder, tmp_path: Path) -> None:
@@ -259,7 +264,7 @@ def test_revert_refuses_folders_that_are_none_of_ours(tiny_folder: Folder, tmp_p
     text = path.read_text()
     for broken, word in (
         (text + "extra: 1\n", "extra"),
-        (text.replace("format: 1", "format: 9"), "format"),
+        (text.replace("format: 2", "format: 9"), "format"),
         ("[", "damaged"),
         ("- 1", "format"),
     ):
