@@ -55,6 +55,7 @@ class Planned(Protocol):
         resume: bool = False,
         link: bool = False,
         keep_undo: bool = False,
+        hash_all: bool = False,
         progress: Callable[[int], None] | None = None,
     ) -> os.PathLike[str]:
         """Write the edited checkpoint into the new folder `out`."""
@@ -166,12 +167,21 @@ class Patch:
         story = {key: found.provenance[key] for key in artifacts.GIVEN if key not in ("model", "content")}
         return cls(operations, found.model, expects, story, content.get("config") or {})
 
-    def plan(self, folder: str | os.PathLike[str], anatomy: str | os.PathLike[str] | None = None) -> Planned:
+    def plan(
+        self,
+        folder: str | os.PathLike[str],
+        anatomy: str | os.PathLike[str] | None = None,
+        *,
+        dtype: str | None = None,
+        force_base: bool = False,
+        untie: bool = False,
+    ) -> Planned:
         """Say what the patch would do to the checkpoint in `folder`; headers only, nothing is written.
 
         See `edits.checkpoint.plan.plan`. `edits` sits above `steer`, so its room is looked up by name when it is needed.
         """
-        made: Planned = importlib.import_module("edits.checkpoint.plan").plan(self, folder, anatomy)
+        room = importlib.import_module("edits.checkpoint.plan")
+        made: Planned = room.plan(self, folder, anatomy, dtype=dtype, force_base=force_base, untie=untie)
         return made
 
     def steering(self) -> Steering:

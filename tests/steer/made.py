@@ -42,3 +42,10 @@ def refused(action: Callable[[], object], *words: str) -> SteerError:
     assert caught.value.expected or caught.value.remedy, text
     assert "\n" not in text
     return caught.value
+
+
+# Families whose configuration switches an output bias on, read off the source of transformers 5: (attention, MLP).
+CAN_BIAS = {
+    "llama": (True, True), "mistral": (False, False), "qwen2": (False, False), "qwen3": (True, False), "smollm3": (True, True),
+    "phi3": (False, False), "granite": (True, True), "gemma2": (True, False), "gemma3_text": (True, False), "olmo2": (True, False),
+}  # fmt: skip

@@ -17,6 +17,7 @@ from steer.interventions import Add, Intervention, ProjectOut
 from steer.model import SteerableModel
 from steer.steering import Steering
 from tests import tiny
+from tests.steer.made import CAN_BIAS
 
 IDS = [[5, 9, 14, 22, 31, 8], [7, 7, 40]]
 LAYERS = (0, 2)
@@ -97,7 +98,8 @@ def test_an_added_vector_is_a_bias_divided_by_the_multiplier(family: str, site: 
         model.anatomy.attention_contribution if module == "attention_output" else model.anatomy.mlp_contribution,
     )
     steered = hooked(model, Add(direction(), site, a))
-    assert coverage(Steering((Add(direction(), site, a),)), model, "patch").rows[0].expressible
+    rows = coverage(Steering((Add(direction(), site, a),)), model, "patch").rows
+    assert rows[0].expressible == CAN_BIAS[family][module == "mlp_output"], "only where a checkpoint can hold the bias"
     assert close(
         steered,
         edited(model, add_bias(module, lambda layer: a * direction()[layer].double() / contribution.multiplier)),
@@ -112,7 +114,8 @@ def test_an_added_vector_is_a_bias_divided_by_the_multiplier(family: str, site: 
 def test_an_added_raw_vector_is_a_bias_on_every_family(family: str, site: str, module: str) -> None:
     model = built(family)
     add = Add(direction(), site, -0.4)
-    assert coverage(Steering((add,)), model, "patch").rows[0].expressible
+    expressible = coverage(Steering((add,)), model, "patch").rows[0].expressible
+    assert expressible == CAN_BIAS[family][module == "mlp_output"], "only where a checkpoint can hold the bias"
     assert close(hooked(model, add), edited(model, add_bias(module, lambda layer: -0.4 * direction()[layer].double())))
 
 
