@@ -16,7 +16,6 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from steer.errors import SteerError
 
 FAMILIES = Path(__file__).parent / "families"
-MODULES = ("attention_output", "mlp_output", "embedding", "head")
 
 
 class _Strict(BaseModel):
@@ -85,13 +84,89 @@ class LayerParts(_Strict):
     before_mlp: str
 
 
+class LinearParts(_Strict):
+    """Paths from a layer with linear attention, which has no heads and no `z`: the block and its last projection."""
+
+    attention: str
+    attention_output: str
+
+
+class Experts(_Strict):
+    """How a layer keeps its experts in memory, where transformers 5 fuses them into two parameters.
+
+    Attributes:
+        module: path in the layer; holds `gate_up_proj` and `down_proj`, experts first.
+        router: path in the layer of what chooses them.
+        shared_output: path of the last projection of the expert that every token passes; empty where there is none.
+        stored: `out_in`, or `in_out` where each expert's matrix is kept turned round.
+        gate_up: whether gate and up are the two `halves` of the out axis, or `interleaved` row by row.
+    """
+
+    module: str
+    router: str
+    shared_output: str = ""
+    stored: Literal["out_in", "in_out"] = "out_in"
+    gate_up: Literal["halves", "interleaved"] = "halves"
+
+
+class OutputBias(_Strict):
+    """What makes the family load an output bias: a key of config.json, and which other projections then have one.
+
+    Attributes:
+        key: set to true.
+        companions: paths in the layer of the projections that must then have a bias too.
+    """
+
+    key: str
+    companions: tuple[str, ...] = ()
+
+
+class LayerEnd(_Strict):
+    """What a layer does after the MLP: `resid_post = scale x (resid_mid + mlp_out + extra)`.
+
+    Attributes:
+        scale: path in the layer of a tensor of one number; empty for 1.
+        extra: paths in the layer of modules whose outputs are added too.
+    """
+
+    scale: str = ""
+    extra: tuple[str, ...] = ()
+
+
+def _several(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_several)]
+
+
 class Disk(_Strict):
-    """Names of tensors in a checkpoint, without `.weight` or `.bias`; `{layer}` stands for the layer's number."""
+    """Names of tensors in a checkpoint; `{layer}` and `{expert}` stand for numbers.
+
+    All but the last three are without `.weight` or `.bias`. Where there are several, the headers decide.
+
+    Attributes:
+        attention_output, mlp_output, embedding, head: as the words.
+        linear_attention_output: the attention output of layers with linear attention.
+        router, shared_expert_output: as the words.
+        expert_gate, expert_up, expert_down: of one expert.
+        experts_gate_up, experts_down: whole names of the tensors that hold all experts.
+        prefixes: beginnings of names that stand for others, such as `model.language_model.` for `model.`.
+    """
 
     attention_output: str
     mlp_output: str
     embedding: str
     head: str
+    linear_attention_output: str = ""
+    router: Names = ()
+    shared_expert_output: Names = ()
+    expert_gate: Names = ()
+    expert_up: Names = ()
+    expert_down: Names = ()
+    experts_gate_up: Names = ()
+    experts_down: Names = ()
+    prefixes: dict[str, str] = Field(default_factory=dict)
 
 
 class Record(_Strict):
@@ -104,6 +179,10 @@ class Record(_Strict):
         model, layer: module paths in a loaded model.
         attention_contribution, mlp_contribution: from `attn_raw` to `attn_out`, from `mlp_raw` to `mlp_out`.
         mlp_layers: `all` layers have one dense MLP, or `as_found`: some have experts instead.
+        linear_layer: paths in layers with linear attention; None where the family has none.
+        experts: where the experts are in memory; None where the family has none.
+        layer_end: what happens after the MLP; None for nothing.
+        output_bias: of `attention_output` and `mlp_output`, what makes the family load a bias that it lacks.
         disk: tensor names in a checkpoint.
     """
 
@@ -116,6 +195,10 @@ class Record(_Strict):
     attention_contribution: Contributes
     mlp_contribution: Contributes
     mlp_layers: Literal["all", "as_found"]
+    linear_layer: LinearParts | None = None
+    experts: Experts | None = None
+    layer_end: LayerEnd | None = None
+    output_bias: dict[Literal["attention_output", "mlp_output"], OutputBias] = Field(default_factory=dict)
     disk: Disk
 
 

@@ -8,11 +8,14 @@ configuration: hidden / heads is not the head width of Qwen3-0.6B.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
-from steer.anatomy.record import FAMILIES, Contribution, Record, bundled, families
+from steer.anatomy import naming
+from steer.anatomy.record import FAMILIES, Contribution, OutputBias, Record, bundled, families
+from steer.anatomy.slots import EXPERTS, OUTSIDE, Matrix, Slot
 from steer.errors import SteerError
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -46,6 +49,11 @@ class Anatomy:
         tied: whether the head is the embedding, by the configuration.
         shapes: (module, layer) -> shape (out, in) of the projection; embedding and head at layer -1.
         biases: (module, layer) of the projections that have a bias.
+        linear_layers: layers with linear attention: they have an attention output, but no heads and no `z`.
+        expert_layers: layers that have experts.
+        experts: how many each of them has; 0 where there are none.
+        expert_width: rows of one expert's gate.
+        stored: names of the tensors that it was found by, as the record spells them -> as they are stored.
     """
 
     record: Record
@@ -61,6 +69,11 @@ class Anatomy:
     tied: bool
     shapes: Mapping[tuple[str, int], tuple[int, ...]] = field(repr=False)
     biases: frozenset[tuple[str, int]] = field(repr=False)
+    linear_layers: tuple[int, ...] = ()
+    expert_layers: tuple[int, ...] = ()
+    experts: int = 0
+    expert_width: int = 0
+    stored: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     @property
     def family(self) -> str:
@@ -71,6 +84,89 @@ class Anatomy:
         """Everything that a value must share with the model it is used on; hashed into `shape_id`."""
         names = ("family", "layers", "hidden", "heads", "kv_heads", "head_width", "vocab")
         return {name: getattr(self, name) for name in names}
+
+    def site_layers(self, site: str) -> tuple[int, ...]:
+        """Return the layers that have a site: `mlp_raw` where there is a dense MLP, `z` and `head_out` where there are heads."""
+        if site == "mlp_raw":
+            return self.dense_mlp_layers
+        without = self.linear_layers if site in ("z", "head_out") else ()
+        return tuple(layer for layer in range(self.layers) if layer not in without)
+
+    def on_disk(self, matrix: Matrix) -> Slot:
+        """Return where a matrix is in the checkpoint that this anatomy was read from, by its headers.
+
+        The head of a checkpoint that stores none is the embedding.
+
+        Raises:
+            SteerError: the checkpoint has no such matrix; it is named.
+        """
+        if matrix.raw:
+            if matrix.module in self._names:
+                return Slot(matrix.module)
+            raise SteerError(
+                f"the checkpoint has no tensor {matrix.module}",
+                "every tensor that the patch names",
+                "Give a patch made for this model",
+            )
+        found = naming.on_disk(self.record, matrix, self.stored, self.expert_width, matrix.layer in self.linear_layers)
+        if found is None and matrix.module == "head" and not matrix.bias:
+            found = self.on_disk(Matrix(-1, "embedding"))
+            return Slot(found.name)
+        if found is None:
+            self._check_exists(matrix)
+            what = "output bias" if matrix.bias else "tensor"
+            raise SteerError(
+                f"the checkpoint has no {what} for {matrix}",
+                "every tensor that the patch names",
+                "Check that the checkpoint is complete, or leave it out",
+            )
+        return found
+
+    def in_memory(self, matrix: Matrix) -> Slot:
+        """Return where a matrix is in a loaded model of this family: the path of a parameter, and the part of it.
+
+        A tensor's own name is understood as a checkpoint spells it: `…experts.3.gate_proj.weight` is the first half of
+        expert 3 of the fused `gate_up_proj`. The head of a tied model is a name of the embedding's parameter.
+
+        Raises:
+            SteerError: the model has no such matrix.
+        """
+        if not matrix.raw:
+            self._check_exists(matrix)
+        return naming.in_memory(self.record, matrix, self.expert_width, matrix.layer in self.linear_layers)
+
+    def matrices(self, word: str) -> tuple[Matrix, ...]:
+        """Return every matrix that a word names, in order of layer and expert; biases not included."""
+        if word in OUTSIDE:
+            return (Matrix(-1, word),) if word == "embedding" or ("head", -1) in self.shapes else ()
+        if word in EXPERTS:
+            return tuple(Matrix(layer, word, expert) for layer in self.expert_layers for expert in range(self.experts))
+        if word in PER_LAYER:
+            return tuple(Matrix(layer, word) for layer in range(self.layers) if (word, layer) in self.shapes)
+        if self.record.experts is None or (word == "shared_expert_output" and not self.record.experts.shared_output):
+            return ()
+        return tuple(Matrix(layer, word) for layer in self.expert_layers)
+
+    @cached_property
+    def _names(self) -> frozenset[str]:
+        """Names of tensors as they are stored."""
+        return frozenset(self.stored.values())
+
+    def _check_exists(self, matrix: Matrix) -> None:
+        """Refuse a matrix that the model does not have, by name."""
+        if matrix.module in OUTSIDE:
+            return
+        word = matrix.module
+        self.check_layers([matrix.layer], f"{matrix}:")
+        plain = Matrix(matrix.layer, word, matrix.expert)
+        if plain in self.matrices(word):
+            return
+        if word in EXPERTS and matrix.layer in self.expert_layers:
+            raise SteerError(f"{plain} was named", f"experts 0 to {self.experts - 1} of this {self.family} model")
+        if word in PER_LAYER:
+            self.shape(word, matrix.layer)
+        where = f"one of the layers {list(self.expert_layers)}" if self.expert_layers else "a matrix that it has"
+        raise SteerError(f"layer {matrix.layer} of this {self.family} model has no {word}", where)
 
     def disk_name(self, module: str, layer: int = -1) -> str:
         """Return the name of a weight on disk, such as `model.layers.3.self_attn.o_proj.weight`.
@@ -85,15 +181,23 @@ class Anatomy:
         if module == "head" and (module, -1) not in self.shapes:
             module = "embedding"
         self.shape(module, layer)
-        return f"{_pattern(self.record, module, layer)}.weight"
+        name = f"{_pattern(self.record, module, layer, layer in self.linear_layers)}.weight"
+        return self.stored.get(name, name)
 
     def bias_name(self, module: str, layer: int) -> str:
         """Return the name on disk of the bias that goes with a weight, whether or not the model has it."""
         return self.disk_name(module, layer).removesuffix("weight") + "bias"
 
-    def has_bias(self, module: str, layer: int) -> bool:
+    def has_bias(self, module: str, layer: int, expert: int = -1) -> bool:
         """Whether this projection has a bias."""
-        return (module, layer) in self.biases
+        if module in PER_LAYER:
+            return (module, layer) in self.biases
+        matrix = Matrix(layer, module, expert, bias=True)
+        return naming.on_disk(self.record, matrix, self.stored, self.expert_width, False) is not None
+
+    def output_bias(self, module: str) -> OutputBias | None:
+        """Return what makes the family load an output bias where the checkpoint has none; None where nothing does."""
+        return self.record.output_bias.get(module)  # type: ignore[call-overload, no-any-return]
 
     def shape(self, module: str, layer: int = -1) -> tuple[int, ...]:
         """Return the shape (out, in) of a weight.
@@ -139,25 +243,29 @@ def resolve(config: Mapping[str, Any], shapes: Shapes, record: Record | None = N
             names is missing; the message shows one layer's tensors.
     """
     record = _record(config, shapes, record)
+    stored = naming.canonical(record, shapes)
+    shapes = {name: tuple(shapes[actual]) for name, actual in stored.items()}
     layers, hidden, heads = (_number(record, config, name) for name in ("layers", "hidden", "heads"))
+    linear = _linear_layers(record, shapes, layers)
     found: dict[tuple[str, int], tuple[int, ...]] = {}
     biases: set[tuple[str, int]] = set()
     for module in ("embedding", "head", *PER_LAYER):
         for layer in range(layers) if module in PER_LAYER else [-1]:
-            name = _pattern(record, module, layer)
+            name = _pattern(record, module, layer, layer in linear)
             if f"{name}.weight" in shapes:
-                found[module, layer] = tuple(shapes[f"{name}.weight"])
+                found[module, layer] = shapes[f"{name}.weight"]
             elif module != "head" and not (module == "mlp_output" and record.mlp_layers == "as_found"):
                 raise _missing(record, config, shapes, f"{name}.weight")
             if f"{name}.bias" in shapes:
                 biases.add((module, layer))
+    expert_layers, experts, width = _experts(record, shapes, layers)
     return Anatomy(
         record=record,
         layers=layers,
         hidden=hidden,
         heads=heads,
         kv_heads=_number(record, config, "kv_heads", heads),
-        head_width=_head_width(record, found, layers, hidden, heads),
+        head_width=_head_width(record, found, [layer for layer in range(layers) if layer not in linear], hidden, heads),
         vocab=found["embedding", -1][0],
         attention_contribution=_contributes(record, config, record.attention_contribution),
         mlp_contribution=_contributes(record, config, record.mlp_contribution),
@@ -165,7 +273,53 @@ def resolve(config: Mapping[str, Any], shapes: Shapes, record: Record | None = N
         tied=bool(_number(record, config, "tied")),
         shapes=found,
         biases=frozenset(biases),
+        linear_layers=linear,
+        expert_layers=expert_layers,
+        experts=experts,
+        expert_width=width,
+        stored=stored,
     )
+
+
+def _linear_layers(record: Record, shapes: Shapes, layers: int) -> tuple[int, ...]:
+    if not record.disk.linear_attention_output:
+        return ()
+    return tuple(
+        layer for layer in range(layers) if f"{_pattern(record, 'attention_output', layer, True)}.weight" in shapes
+    )
+
+
+def _experts(record: Record, shapes: Shapes, layers: int) -> tuple[tuple[int, ...], int, int]:
+    """Layers with experts, how many each has, and the rows of one expert's gate, all counted from tensors.
+
+    Raises:
+        SteerError: layers differ in it.
+    """
+    if record.experts is None:
+        return (), 0, 0
+    counted = {layer: found for layer in range(layers) if (found := _experts_of(record, shapes, layer)) is not None}
+    if len(set(counted.values())) > 1:
+        raise SteerError(
+            f"the layers of this {record.family} model have experts (number, width) {sorted(set(counted.values()))}",
+            "as many of one width in every layer that has any",
+        )
+    return tuple(counted), *next(iter(counted.values()), (0, 0))
+
+
+def _experts_of(record: Record, shapes: Shapes, layer: int) -> tuple[int, int] | None:
+    turned = record.experts is not None and record.experts.stored == "in_out"
+    for pattern in record.disk.experts_gate_up:
+        fused = shapes.get(pattern.replace("{layer}", str(layer)))
+        if fused is not None and len(fused) == 3:
+            return fused[0], fused[2 if turned else 1] // 2
+    for pattern in record.disk.expert_gate:
+        of_layer = pattern.replace("{layer}", str(layer)) + ".weight"
+        count = 0
+        while of_layer.replace("{expert}", str(count)) in shapes:
+            count += 1
+        if count:
+            return count, shapes[of_layer.replace("{expert}", "0")][0]
+    return None
 
 
 def layer_tree(names: Shapes) -> str:
@@ -180,8 +334,8 @@ def layer_tree(names: Shapes) -> str:
     return f"layer {first}: {', '.join(lines[:16])}{more}; outside the layers: {', '.join(outside)}"
 
 
-def _pattern(record: Record, module: str, layer: int) -> str:
-    return str(getattr(record.disk, module)).replace("{layer}", str(layer))
+def _pattern(record: Record, module: str, layer: int, linear: bool) -> str:
+    return naming.patterns(record, module, linear)[0].replace("{layer}", str(layer))
 
 
 def _record(config: Mapping[str, Any], shapes: Shapes, record: Record | None) -> Record:
@@ -232,16 +386,18 @@ def _number(record: Record, config: Mapping[str, Any], name: str, absent: int | 
 
 
 def _head_width(
-    record: Record, found: Mapping[tuple[str, int], tuple[int, ...]], layers: int, hidden: int, heads: int
+    record: Record, found: Mapping[tuple[str, int], tuple[int, ...]], layers: Sequence[int], hidden: int, heads: int
 ) -> int:
-    widths = {found["attention_output", layer] for layer in range(layers)}
-    if len(widths) != 1 or len(shape := next(iter(widths))) != 2 or shape[0] != hidden or shape[1] % heads:
+    """Columns per head of the projections in `layers`, those with heads; of Gemma 4, which has two widths, the first."""
+    shapes = [found["attention_output", layer] for layer in layers]
+    odd = [shape for shape in shapes if len(shape) != 2 or shape[0] != hidden or shape[1] % heads]
+    if odd or not shapes:
         raise SteerError(
-            f"the attention output projections have the shapes {sorted(map(list, widths))}",
-            f"one shape ({hidden}, {heads} heads x head width) on all layers",
+            f"the attention output projections have the shapes {sorted(map(list, set(shapes)))}",
+            f"({hidden}, {heads} heads x head width) on all layers with heads",
             f"If the model is quantised, take the unquantised one; else the record {record.family!r} does not describe it",
         )
-    return shape[1] // heads
+    return shapes[0][1] // heads
 
 
 def _contributes(record: Record, config: Mapping[str, Any], contribution: Contribution) -> Contributes:

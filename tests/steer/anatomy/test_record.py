@@ -57,7 +57,7 @@ def test_contributions_in_their_three_spellings(tmp_path):
     [
         (lambda record: record.pop("layer"), "layer: Field required"),
         (lambda record: record.update(layers="model.layers"), "layers: Extra inputs"),
-        (lambda record: record["disk"].update(router="x"), r"disk\.router: Extra"),
+        (lambda record: record["disk"].update(routr="x"), r"disk\.routr: Extra"),
         (lambda record: record["layer"].pop("before_mlp"), r"layer\.before_mlp: Field required"),
         (lambda record: record.update(model_types=[]), "model_types"),
         (lambda record: record.update(mlp_layers="some"), "mlp_layers"),
