@@ -283,13 +283,23 @@ class ReasoningVector:
         return surviving(self, base, dtype, alpha)
 
     def compatibility(self, base: Named | None = None) -> Compatibility:
-        """Return whether its checkpoints go together, and with `base`; see `edits.compatibility`."""
+        """Return whether its checkpoints go together, and with `base`; see `edits.compatibility`.
+
+        Names and shapes are asked of the tensors that the mask takes.
+
+        Raises:
+            SteerError: there is neither a checkpoint nor a base; no such model.
+        """
         from edits.compatibility import compatibility
 
-        given = [donor(base)] if base is not None else []
-        base_folders = {found.headers.folder.resolve() for each in given for found in each.checkpoints}
-        others = [each for each in self.checkpoints if each.headers.folder.resolve() not in base_folders]
-        return compatibility(*given, *others)
+        donors: list[Named] = [*self.checkpoints] or [each for _, each in self.terms if isinstance(each, Adapter)]
+        first, *others = donors if base is None else [base, *donors]
+        return compatibility(first, *others, takes=self.takes)
+
+    def takes(self, matrix: Matrix) -> bool:
+        """Whether a tensor of that name would be a part of it."""
+        inner = [each for _, each in self.terms if isinstance(each, ReasoningVector)]
+        return self.mask.takes(matrix) and (len(inner) < len(self.terms) or any(each.takes(matrix) for each in inner))
 
     def patch(self, alpha: float = 1.0, base: Named | None = None, force: Sequence[str] = ()) -> Patch:
         """Return the patch that adds alpha times the vector; its differences are read when it is applied.
@@ -303,7 +313,7 @@ class ReasoningVector:
             SteerError: models that do not go together, or a vector that is zero everywhere.
         """
         overridden: tuple[str, ...] = ()
-        if len(self.checkpoints) + (base is not None) > 1:
+        if base is not None or len(self.checkpoints) > 1:
             overridden = self.compatibility(base).require(force).overridden(force)
         if not self.differing:
             raise SteerError(

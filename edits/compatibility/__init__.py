@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 from edits.compatibility.report import Compatibility, Row, Verdict
 from edits.compatibility.settings import setting_rows
 from edits.compatibility.tokens import token_rows
 from edits.compatibility.weights import ancestor_row, shape_rows
 from edits.donors import Adapter, Checkpoint, Donor, donor
+from steer.anatomy.slots import Matrix
 from steer.errors import SteerError
 
 __all__ = ["Compatibility", "Row", "Verdict", "compatibility"]
 
 
 def compatibility(
-    base: str | os.PathLike[str] | Donor, *donors: str | os.PathLike[str] | Donor, weights: bool = True
+    base: str | os.PathLike[str] | Donor,
+    *donors: str | os.PathLike[str] | Donor,
+    weights: bool = True,
+    takes: Callable[[Matrix], bool] | None = None,
 ) -> Compatibility:
     """Hold donors against a base: configurations, tokenizers, tensors, and whether they have a common ancestor.
 
@@ -23,6 +28,7 @@ def compatibility(
         base: a checkpoint: a hub id, a folder, `organism:NAME`, `MODEL+ADAPTER`.
         donors: checkpoints, adapters, or vectors, each of which is asked about its checkpoints.
         weights: sample numbers to look for a common ancestor; False reads headers and small files alone.
+        takes: which tensors are to be added; names and shapes of others may differ. None: all.
 
     Returns:
         The report; `.require()` raises where something says stop.
@@ -41,16 +47,16 @@ def compatibility(
         for found in each.checkpoints:
             if found.headers.folder.resolve() not in seen:
                 seen.add(found.headers.folder.resolve())
-                rows += _rows(found, whole[0], weights)
+                rows += _rows(found, whole[0], weights, takes or (lambda matrix: True))
     return Compatibility(whole[0].label, tuple(rows))
 
 
-def _rows(found: Checkpoint, base: Checkpoint, weights: bool) -> list[Row]:
+def _rows(found: Checkpoint, base: Checkpoint, weights: bool, takes: Callable[[Matrix], bool]) -> list[Row]:
     ancestor = ancestor_row(found, base) if weights else None
     return [
         *setting_rows(found.label, found.headers.config, base.headers.config),
         *token_rows(found.label, found.headers, base.headers),
-        *shape_rows(found, base),
+        *shape_rows(found, base, takes),
         *([] if ancestor is None else [ancestor]),
     ]
 

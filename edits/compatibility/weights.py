@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from edits.arithmetic.pieces import CHUNK, seen_as
 from edits.arithmetic.selection import OUTSIDE, layer_of
@@ -24,9 +24,12 @@ SAMPLED, NUMBERS = 16, CHUNK // 4
 SHOWN = 3
 
 
-def shape_rows(donor: Checkpoint, base: Checkpoint) -> Iterator[Row]:
-    """Hold names and shapes of tensors against each other."""
-    here, there = donor.headers.shapes, base.headers.shapes
+def shape_rows(donor: Checkpoint, base: Checkpoint, takes: Callable[[Matrix], bool]) -> Iterator[Row]:
+    """Hold names and shapes of the tensors that `takes` takes against each other."""
+    here, there = (
+        {name: shape for name, shape in each.headers.shapes.items() if "." not in name or takes(Matrix(-1, name))}
+        for each in (donor, base)
+    )
     lacking = [name for name in there if name not in here]
     more = [name for name in here if name not in there]
     other = [name for name in here if name in there and here[name] != there[name]]

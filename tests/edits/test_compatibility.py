@@ -267,6 +267,30 @@ class TestAdapters:
             compatibility(tmp_path / "one", folders["base"])
 
 
+def test_tensors_that_are_left_out_may_differ(folders, changed):
+    """A donor whose vocabulary grew, with embedding and head masked out."""
+    found = tensors(changed)
+    found["model.embed_tokens.weight"] = torch.zeros(64, 48)
+    save_file(found, changed / "model.safetensors")
+    vector = edits.reasoning_vector(changed, folders["base"])
+    assert vector.compatibility().verdict == "stop"
+    inside = vector.masked(modules=["!model.embed_tokens*"])
+    for each in (inside, inside.masked(layers=[0]), inside + inside):
+        assert each.compatibility().verdict == "ok" and each.patch(base=folders["base"])
+    with pytest.raises(SteerError, match="tensors: "):
+        edits.reasoning_vector(folders["plus"], folders["base"]).patch(base=changed)
+
+
+def test_a_vector_of_adapters_asks_its_base(folders, tmp_path):
+    adapter(tmp_path / "one", folders["base"], ["q_proj"], seed=1)
+    adapter(tmp_path / "two", folders["base"], ["q_proj"], seed=2)
+    vector = edits.reasoning_vector(tmp_path / "one", tmp_path / "two")
+    report = vector.compatibility(folders["base"])
+    assert [each.check for each in report.rows] == ["adapter", "adapter"] and report.verdict == "ok"
+    with pytest.raises(SteerError, match="adapter by itself"):
+        vector.compatibility()
+
+
 def test_the_base_is_not_held_against_itself(folders):
     assert compatibility(folders["base"], folders["base"]).rows == ()
 

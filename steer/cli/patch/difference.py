@@ -59,7 +59,7 @@ def command(
     if alpha_per_layer is not None:
         vector = vector.with_alphas(_alphas(alpha_per_layer))
     report = None
-    if vector.checkpoints and len(vector.checkpoints) + (base is not None) > 1:
+    if base is not None or len(vector.checkpoints) > 1:
         report = vector.compatibility(base)
         for row in report.rows:
             if row.verdict != "ok":
