@@ -25,7 +25,8 @@ def card(plan: Plan, manifest: Manifest) -> bytes:
 
 def _new(plan: Plan) -> str:
     name = base_name(plan)
-    return f"---\nbase_model: {name}\nlibrary_name: transformers\n---\n\n# {name}, edited\n"
+    known = f"base_model: {name}\n" if "/" in name else ""  # A folder's name would be read as a model of the hub.
+    return f"---\n{known}library_name: transformers\n---\n\n# {name}, edited\n"
 
 
 def base_name(plan: Plan) -> str:
@@ -45,7 +46,7 @@ def recipe(plan: Plan, manifest: Manifest) -> str:
         f"- patch: `{manifest.patch}` (in `steer/`)",
         f"- touched: {manifest.coverage}",
         *([f"- dtype: 16-bit tensors widened to {plan.dtype}"] if plan.dtype else []),
-        *([f"- made new: {len(plan.created)} tensors"] if plan.created else []),
+        *([f"- made new: {reason}" for reason in plan.made] if plan.created else []),
         *([f"- config.json: {', '.join(f'{k} = {v!r}' for k, v in plan.config.items())}"] if plan.config else []),
         *(
             [f"- the base was not the one the patch was made for: {len(manifest.forced)} matrices differ"]

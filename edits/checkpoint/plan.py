@@ -73,6 +73,11 @@ class Plan:
         return tuple(tensor for tensor in self.touched if tensor.created)
 
     @property
+    def made(self) -> list[str]:
+        """What is made new, and why, in words."""
+        return shown.made(self)
+
+    @property
     def bytes_to_write(self) -> int:
         """Size of the output without manifest and undo."""
         more = sum(tensor.size - self._stored(tensor) for tensor in (*self.touched, *self.widened))

@@ -91,7 +91,8 @@ def summary(plan: Plan) -> list[str]:
     if plan.dtype is not None:
         lines.append(f"16-bit tensors become {plan.dtype}: {len(plan.widened)} beside the touched ones, new headers")
     if plan.created:
-        lines.append(_made(plan))
+        size = sum(tensor.size for tensor in plan.created)
+        lines.append(f"made new, {size:,} bytes: {'; '.join(plan.made)}")
     if plan.config:
         lines.append("config.json: " + ", ".join(f"{key} = {value!r}" for key, value in plan.config.items()))
     if dense := _dense(plan):
@@ -101,11 +102,14 @@ def summary(plan: Plan) -> list[str]:
     return [*lines, "loads in " + "; ".join(f"{engine}: {how}" for engine, how in plan.loads.items())]
 
 
-def _made(plan: Plan) -> str:
-    reasons = Counter(tensor.created for tensor in plan.created)
-    size = sum(tensor.size for tensor in plan.created)
-    words = "; ".join(f"{count} tensors ({reason})" for reason, count in reasons.items())
-    return f"made new, {size:,} bytes: {words}"
+def made(plan: Plan) -> list[str]:
+    """What is made new, and why: one tensor by its name, more as a number."""
+    reasons: dict[str, list[str]] = {}
+    for tensor in plan.created:
+        reasons.setdefault(tensor.created, []).append(tensor.name)
+    return [
+        f"{names[0] if len(names) == 1 else f'{len(names)} tensors'} ({reason})" for reason, names in reasons.items()
+    ]
 
 
 def _dense(plan: Plan) -> str:
