@@ -175,15 +175,17 @@ class Taps:
         """Refuse a place that the model does not have.
 
         Raises:
-            SteerError: an unknown site, a layer out of range, or `mlp_raw` in a layer with experts.
+            SteerError: an unknown site, a layer out of range, `mlp_raw` in a layer with experts, or `z` in one without heads.
         """
         site_named(site)
         self.anatomy.check_layers([layer], site)
-        if site == "mlp_raw" and layer not in self.anatomy.dense_mlp_layers:
+        having = self.anatomy.site_layers(site)
+        if layer not in having:
+            why, other = ("experts", "mlp_out") if site == "mlp_raw" else ("linear attention", "attn_raw")
             raise SteerError(
-                f"layer {layer} of this {self.anatomy.family} model has experts, so it has no mlp_raw",
-                f"one of the layers {list(self.anatomy.dense_mlp_layers)}",
-                "Use mlp_out, which every layer has",
+                f"layer {layer} of this {self.anatomy.family} model has {why}, so it has no {site}",
+                f"one of the layers {list(having)}",
+                f"Use {other}, which every layer has",
             )
 
     def layers_of(self, site: str, layers: Sequence[int] | None) -> tuple[int, ...]:
@@ -199,7 +201,7 @@ class Taps:
                 "Read z, or use head scores for what each head writes",
             )
         if layers is None:
-            return self.anatomy.dense_mlp_layers if site == "mlp_raw" else tuple(range(self.anatomy.layers))
+            return self.anatomy.site_layers(site)
         for layer in layers:
             self.check_place(site, layer)
         return tuple(layers)

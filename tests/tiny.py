@@ -28,6 +28,11 @@ _COMMON: dict[str, Any] = {
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 _ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+_EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
+_LINEAR: dict[str, Any] = {
+    "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+}  # fmt: skip
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"attention_bias": True, "mlp_bias": True},
     "mistral": {"head_dim": 20, "sliding_window": None},
@@ -39,10 +44,31 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma2": {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 32, "layer_types": _ALTERNATING},
     "gemma3_text": {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 32, "layer_types": _ALTERNATING},
     "olmo2": {},
-    "qwen3_moe": {
-        "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "mlp_only_layers": [0, 2],
-        "norm_topk_prob": True,
+    "olmo3": {"sliding_window": 32, "layer_types": _ALTERNATING},
+    "glm4": {"head_dim": 16, "attention_bias": True},
+    "gemma4_text": {
+        "head_dim": 16, "global_head_dim": 16, "sliding_window": 32, "layer_types": _ALTERNATING, "num_kv_shared_layers": 0,
+        "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": len(WORDS),
     },
+    "qwen3_5_text": {"head_dim": 16, **_LINEAR},
+    "qwen3_moe": {"head_dim": 16, "num_experts": 4, **_EXPERTS, "mlp_only_layers": [0, 2], "norm_topk_prob": True},
+    "qwen2_moe": {"num_experts": 4, **_EXPERTS, "shared_expert_intermediate_size": 32},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "mixtral": {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "granitemoe": {
+        "num_local_experts": 4, "num_experts_per_tok": 2, "residual_multiplier": 0.22, "embedding_multiplier": 3.0,
+        "attention_multiplier": 0.3, "logits_scaling": 2.0,
+    },
+    "deepseek_v3": {
+        "n_routed_experts": 4, **_EXPERTS, "first_k_dense_replace": 1, "n_shared_experts": 1, "n_group": 2, "topk_group": 1,
+        "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 24,
+    },
+    "glm4_moe": {
+        "head_dim": 16, "n_routed_experts": 4, **_EXPERTS, "first_k_dense_replace": 1, "n_shared_experts": 1, "n_group": 1, "topk_group": 1,
+    },
+    "gpt_oss": {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 32, "layer_types": _ALTERNATING},
+    "qwen3_next": {"head_dim": 16, "num_experts": 4, **_EXPERTS, "shared_expert_intermediate_size": 32, **_LINEAR},
+    "qwen3_5_moe_text": {"head_dim": 16, "num_experts": 4, **_EXPERTS, "shared_expert_intermediate_size": 32, **_LINEAR},
 }  # fmt: skip
 
 
@@ -90,3 +116,6 @@ def _randomise(model: PreTrainedModel) -> None:
         else:
             start = parameter.mean() if "norm" in name else 0.0
             parameter.copy_(start + 0.2 * noise)
+    for name, buffer in sorted(model.named_buffers()):
+        if name.endswith(("layer_scalar", "e_score_correction_bias")):
+            buffer.add_(0.2 * torch.rand(buffer.shape))

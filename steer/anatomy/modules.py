@@ -72,11 +72,13 @@ def places(model: nn.Module, anatomy: Anatomy) -> Places:
     for number, layer in enumerate(layers):
         where = f"layer {number}"
         attention, mlp = anatomy.attention_contribution, anatomy.mlp_contribution
+        linear = anatomy.record.linear_layer if number in anatomy.linear_layers else None
+        outer = linear or inner
         found.append(
             LayerPlaces(
                 layer=layer,
-                attention_output=_find(layer, inner.attention_output, where),
-                attention_added=_find(layer, attention.norm or inner.attention, where),
+                attention_output=_find(layer, outer.attention_output, where),
+                attention_added=_find(layer, attention.norm or outer.attention, where),
                 before_mlp=_find(layer, inner.before_mlp, where),
                 mlp_output=_find(layer, inner.mlp_output, where) if number in anatomy.dense_mlp_layers else None,
                 mlp_added=_find(layer, mlp.norm or inner.mlp, where),

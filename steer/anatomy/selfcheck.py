@@ -4,7 +4,8 @@ For every layer, with m the multiplier and `norm` the module of the contribution
 
     attn_raw  == W_O z + b
     attn_out  == contribution(attn_raw)          mlp_out == contribution(mlp_raw) where there is one dense MLP
-    resid_mid == resid_pre + attn_out            resid_post == resid_mid + mlp_out
+    resid_mid == resid_pre + attn_out            resid_post == resid_mid + mlp_out, or s (resid_mid + mlp_out + extra)
+                                                 where the record declares a scale s or extra writers at the layer's end
     resid_pre of the next layer == resid_post    resid_pre of layer 0 comes from the backbone's input
 
 A wrong module, norm, multiplier or an extra writer breaks at least one of them. Differences are taken relative to the
@@ -13,7 +14,8 @@ largest value at hand; the tolerances leave room for the rounding of one additio
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -57,6 +59,7 @@ class _Checker:
         self.seen: dict[str, Tensor] = {}
         self.previous: Tensor | None = None
         self.worst: dict[str, tuple[float, int]] = {}
+        self.layer_end = _LayerEnd(model)
 
     def __call__(self, site: str, layer: int, value: Tensor, states: Tensor | None) -> None:
         if not bool(torch.isfinite(value).all()):
@@ -73,14 +76,11 @@ class _Checker:
 
     def _identities(self, layer: int) -> list[tuple[str, Tensor, Tensor]]:
         seen, place, anatomy = self.seen, self.model.places.layers[layer], self.model.anatomy
-        missing = [
-            site for site in SITES if site not in seen and (site != "mlp_raw" or layer in anatomy.dense_mlp_layers)
-        ]
+        missing = [site for site in SITES if site not in seen and layer in anatomy.site_layers(site)]
         if missing:
             raise self._refusal(f"{', '.join(missing)} of layer {layer} never appeared in a forward pass")
         attention, mlp = anatomy.attention_contribution, anatomy.mlp_contribution
         found = [
-            ("attn_raw == W_O z + b", seen["attn_raw"], _projected(place.attention_output, seen["z"].flatten(-2))),
             (
                 f"attn_out == {_named(attention, 'attn_raw')}",
                 seen["attn_out"],
@@ -92,11 +92,14 @@ class _Checker:
                 seen["resid_pre"] + seen["attn_out"].to(seen["resid_pre"].device),
             ),
             (
-                "resid_post == resid_mid + mlp_out",
+                self.layer_end.named,
                 seen["resid_post"],
-                seen["resid_mid"] + seen["mlp_out"].to(seen["resid_mid"].device),
+                self.layer_end(layer, seen["resid_mid"] + seen["mlp_out"].to(seen["resid_mid"].device)),
             ),
         ]
+        if "z" in seen:
+            projected = _projected(place.attention_output, seen["z"].flatten(-2))
+            found.append(("attn_raw == W_O z + b", seen["attn_raw"], projected))
         if "mlp_raw" in seen:
             found.append(
                 (
@@ -137,6 +140,47 @@ class _Checker:
         )
 
 
+class _LayerEnd:
+    """What a layer makes of resid_mid + mlp_out: nothing, or what the record declares under `layer_end`."""
+
+    def __init__(self, model: SteerableModel) -> None:
+        declared = model.anatomy.record.layer_end
+        self.layers = [place.layer for place in model.places.layers]
+        self.scale = declared.scale if declared else ""
+        self.extra = declared.extra if declared else ()
+        self.added: dict[int, list[Tensor]] = {}
+
+    @property
+    def named(self) -> str:
+        """The identity in words."""
+        total = " + ".join(["resid_mid", "mlp_out", *self.extra])
+        return f"resid_post == {self.scale} x ({total})" if self.scale else f"resid_post == {total}"
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Keep what the extra modules return; a model without one of them adds nothing there."""
+        handles = []
+        for number, layer in enumerate(self.layers):
+            kept = self.added.setdefault(number, [])
+            for name, module in layer.named_modules():
+                if name in self.extra:
+                    handles.append(module.register_forward_hook(lambda *call, kept=kept: kept.append(call[2])))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def __call__(self, layer: int, value: Tensor) -> Tensor:
+        for added in self.added.get(layer, ()):
+            value = value + added.to(value.device)
+        if not self.scale:
+            return value
+        owner, _, name = self.scale.rpartition(".")
+        scale: Tensor = getattr(self.layers[layer].get_submodule(owner), name)
+        return value * scale.to(value.device)
+
+
 @torch.no_grad()
 def self_check(model: SteerableModel) -> SelfCheck:
     """Prove the identities on every layer by one forward pass over four tokens.
@@ -150,7 +194,7 @@ def self_check(model: SteerableModel) -> SelfCheck:
     training = model.hf.training
     model.hf.eval()
     try:
-        with model.read(checker, dict.fromkeys(SITES)):
+        with checker.layer_end.listening(), model.read(checker, dict.fromkeys(SITES)):
             model.backbone(input_ids=ids, use_cache=False)
     finally:
         model.hf.train(training)
