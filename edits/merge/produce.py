@@ -1,21 +1,29 @@
-"""From one job to the bytes that are written, with what is worth knowing about them: hash, changes, survival."""
+"""From one job to the bytes that are written, with what is worth knowing about them: hash, changes, survival.
+
+Two threads work at once: one reads the next piece and does its arithmetic, the other hashes, measures and writes the
+one before (measured in seconds of one core per 2 GB of bf16 from three models: 2.5 and 2.4).
+"""
 
 from __future__ import annotations
 
 import hashlib
 import math
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
 from edits.checkpoint.stream import Bytes, Json
 from edits.merge.job import Job
-from edits.merge.pieces import CHUNK, TORCH, Reader, Room, Rooms, reading
-from edits.merge.stream import STREAMS, changes
+from edits.merge.pieces import CHUNK, TORCH, Room, Rooms, reading
+from edits.merge.stream import STREAMS, Result, changes
 from steer.anatomy.headers import BYTES
 
 _WORD: dict[str, type[np.unsignedinteger[Any]]] = {
@@ -25,20 +33,39 @@ _WORD: dict[str, type[np.unsignedinteger[Any]]] = {
     "F16": np.uint16,
 }
 _EXPONENT = {"F64": 0x7FF << 52, "F32": 0xFF << 23, "BF16": 0xFF << 7, "F16": 0x1F << 10}
-OUT = 0
-"""The first room holds what goes out, the others the sources."""
+
+
+@dataclass(frozen=True)
+class Cast:
+    """One piece as it will be stored.
+
+    Attributes:
+        data: its bytes.
+        change: the wanted change of the base in float64; None for methods without one.
+        wanted: squared norm of that.
+        out, base: buffers of what goes out, and of the first source.
+    """
+
+    data: Bytes
+    change: Float[Tensor, " n"] | None
+    wanted: float
+    out: Room
+    base: Room
 
 
 class Produced:
-    """Makes one tensor, and remembers what happened; one use.
+    """Makes one tensor, and remembers what happened.
 
     Args:
         job: what to do.
-        rooms: buffers, shared by all tensors of a merge; the first is the output's.
+        rooms: buffers, shared by all tensors of a merge.
     """
 
     def __init__(self, job: Job, rooms: Rooms) -> None:
         self._job, self._rooms = job, rooms
+        self._begin()
+
+    def _begin(self) -> None:
         self._hash, self._changed, self._odd = hashlib.sha256(), 0, 0
         self._wanted: list[float] = []
         self._actual: list[float] = []
@@ -47,37 +74,38 @@ class Produced:
 
     def pieces(self) -> Iterator[Bytes]:
         """Yield the bytes in order; each piece is valid until the next."""
-        job = self._job
-        out = self._rooms[OUT]
-        with reading(job.sources, self._rooms.after(1)) as reader:
-            for result in STREAMS[job.method](job, reader, self._note):
-                if changes(job):
-                    yield self._added(reader, result, out)
-                else:
-                    yield self._stored(reader, result, out)
+        self._begin()
+        with one_thread(), reading(self._job.sources, self._rooms) as reader:
+            cast = (self._cast(result) for result in STREAMS[self._job.method](self._job, reader, self._note))
+            for piece in ahead(cast) if math.prod(self._job.shape) > CHUNK else cast:
+                self._measure(piece)
+                yield piece.data
 
-    def _added(self, reader: Reader, change: Tensor, out: Room) -> Bytes:
-        """Add a piece of the change to the base, cast, and measure what is left of it."""
-        size, base = change.numel(), reader.rooms[0].wide[: change.numel()]
-        self._wanted.append(_inner(change, change))
-        exact = out.wide[:size].copy_(change).add_(base)
-        data = self._stored(reader, exact, out)
-        actual = exact.copy_(_typed(data, self._job.dtype)).sub_(base)
-        self._actual.append(_inner(actual, actual))
-        self._inner.append(_inner(actual, change))
-        return data
+    def _cast(self, result: Result) -> Cast:
+        size, out, base = result.numbers.numel(), result.piece.rooms(0), result.piece.rooms(1)
+        data: Bytes = out.raw[: size * BYTES[self._job.dtype]]
+        if not changes(self._job):
+            _typed(data, self._job.dtype).copy_(result.numbers)
+            return Cast(data, None, 0.0, out, base)
+        change = result.numbers
+        torch.add(change, base.wide[:size], out=out.wide[:size])
+        _typed(data, self._job.dtype).copy_(out.wide[:size])
+        return Cast(data, change, float(torch.dot(change, change)), out, base)
 
-    def _stored(self, reader: Reader, exact: Tensor, out: Room) -> Bytes:
-        job, size = self._job, exact.numel()
-        data: Bytes = out.raw[: size * BYTES[job.dtype]]
-        _typed(data, job.dtype).copy_(exact)
+    def _measure(self, piece: Cast) -> None:
+        job, data = self._job, piece.data
         self._hash.update(data.data)
         words: NDArray[Any] = data.view(_WORD[job.dtype])
         if job.comparable:
-            self._changed += int(np.count_nonzero(words != reader.raw(0, size).view(_WORD[job.dtype])))
-        mask = _WORD[job.dtype](_EXPONENT[job.dtype])
-        self._odd += int(np.count_nonzero((words & mask) == mask))
-        return data
+            self._changed += int(np.count_nonzero(words != piece.base.raw[: data.size].view(_WORD[job.dtype])))
+        if piece.change is not None:
+            actual = piece.out.wide[: words.size].copy_(_typed(data, job.dtype)).sub_(piece.base.wide[: words.size])
+            self._wanted.append(piece.wanted)
+            self._actual.append(float(torch.dot(actual, actual)))
+            self._inner.append(float(torch.dot(actual, piece.change)))
+        if piece.change is None or not math.isfinite(self._actual[-1]):
+            mask = _WORD[job.dtype](_EXPONENT[job.dtype])
+            self._odd += int(np.count_nonzero((words & mask) == mask))
 
     def record(self) -> Json:
         """Say what happened, once all pieces are through; a plain value for the journal."""
@@ -92,21 +120,36 @@ class Produced:
             "numbers": math.prod(job.shape),
             "changed": self._changed if job.comparable else None,
             "not_finite": self._odd,
-            "wanted": _finite(wanted) if changes(job) else None,
-            "survived": _finite(actual / wanted) if changes(job) and wanted else None,
-            "cosine": _finite(inner / (wanted * actual)) if changes(job) and wanted and actual else None,
+            "wanted": _plain(wanted) if changes(job) else None,
+            "survived": _plain(actual / wanted) if changes(job) and wanted else None,
+            "cosine": _plain(inner / (wanted * actual)) if changes(job) and wanted and actual else None,
             "filled": job.filled,
         }
         return found | self._note
 
 
+def ahead(pieces: Iterator[Cast]) -> Iterator[Cast]:
+    """Make the next piece in a thread while this one is worked on; errors come out where the piece would."""
+    with ThreadPoolExecutor(1) as thread:
+        upcoming = thread.submit(next, pieces, None)
+        while (piece := upcoming.result()) is not None:
+            upcoming = thread.submit(next, pieces, None)
+            yield piece
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch compute in the calling thread alone: sums then have one order, and two threads of ours are at work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def _typed(data: Bytes, dtype: str) -> Tensor:
     return torch.from_numpy(data).view(TORCH[dtype])
-
-
-def _inner(first: Tensor, second: Tensor) -> float:
-    """One pass without a temporary, in one thread."""
-    return float(np.einsum("i,i->", first.numpy(), second.numpy()))
 
 
 def _sum(parts: list[float]) -> float:
@@ -117,10 +160,11 @@ def _root(squares: list[float]) -> float:
     return math.sqrt(_sum(squares))
 
 
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+def _plain(value: float) -> float | None:
+    """Nine digits, which no order of a sum changes; None for what JSON cannot say."""
+    return float(f"{value:.9g}") if math.isfinite(value) else None
 
 
 def memory(sources: int) -> int:
     """Return the bytes of buffers and temporaries that a merge of tensors with this many sources holds, at most."""
-    return (sources + 1) * CHUNK * 16 + 6 * CHUNK * 8
+    return 2 * (sources + 1) * CHUNK * 16 + 6 * CHUNK * 8

@@ -23,7 +23,7 @@ def main() -> None:
             MergeConfiguration.model_validate(yaml.safe_load(Path(recipe).read_text())), out, MergeOptions(quiet=True)
         )
         seconds.append(time.perf_counter() - start)
-    print(json.dumps(seconds))
+    sys.stdout.write(json.dumps(seconds) + "\n")
 
 
 if __name__ == "__main__":

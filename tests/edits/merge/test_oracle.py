@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +112,7 @@ def test_the_numbers_are_mergekits(
     setting: str,
     theirs: dict[tuple[str, str], tuple[dict[str, Any], Path]],
     tmp_path: Path,
+    record_property: Callable[[str, object], None],
 ) -> None:
     source, out = theirs[name, setting]
     ours, expected = loaded(edits.merge(source, tmp_path / "ours").path), loaded(out)
@@ -132,8 +133,6 @@ def test_the_numbers_are_mergekits(
         distance = np.where(close, np.minimum(distance, 1), distance)
         assert distance.max(initial=0) <= 1, f"{tensor}: {(distance > 1).sum()} of {distance.size}"
         numbers, differing = numbers + distance.size, differing + int((distance == 1).sum())
-    print(
-        f"{name} {setting}: {numbers} numbers, {differing} one unit apart, {excluded} ties of magnitude left out, "
-        f"{cancelled} where fp32 cancels"
-    )
+    counts = {"numbers": numbers, "one unit apart": differing, "ties of magnitude": excluded, "cancelled": cancelled}
+    record_property(f"{name} {setting}", counts)
     assert excluded < numbers / 50 and cancelled < numbers / 10_000
