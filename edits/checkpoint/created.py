@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from edits.checkpoint import places
 from edits.checkpoint.touched import SlotEdit, Touched
 from steer.anatomy.headers import Headers
+from steer.anatomy.record import OutputBias
 from steer.anatomy.resolve import Anatomy
 from steer.anatomy.slots import Matrix, Slot
 from steer.errors import SteerError
@@ -41,13 +41,13 @@ def biases(
     config: Config = {}
     reasons: dict[str, str] = {}
     for matrix in wanted:
-        found = places.output_bias(anatomy, matrix.module)
-        if found is None:
+        found = anatomy.output_bias(matrix.module)
+        if found is None or matrix.layer in anatomy.linear_layers:
             raise no_bias(matrix, anatomy)
-        config[found.config_key] = True
+        config[found.key] = True
         for layer in range(anatomy.layers):
             for weight in companions(matrix.module, layer, found, anatomy, headers):
-                reasons.setdefault(bias_of(weight), f"zeros, since {found.config_key} switches it on")
+                reasons.setdefault(bias_of(weight), f"zeros, since {found.key} switches it on")
     made = []
     for name, reason in reasons.items():
         if name in headers.tensors:
@@ -58,15 +58,15 @@ def biases(
     return made, config
 
 
-def companions(word: str, layer: int, found: Any, anatomy: Anatomy, headers: Headers) -> Iterable[str]:
+def companions(word: str, layer: int, found: OutputBias, anatomy: Anatomy, headers: Headers) -> list[str]:
     """Names of the weights of a layer whose biases one key switches on, the output projection among them."""
-    try:
-        own = places.on_disk(anatomy, Matrix(layer, word)).name
-    except SteerError:  # This layer has no such projection (linear attention, experts).
+    if Matrix(layer, word) not in anatomy.matrices(word) or (
+        word == "attention_output" and layer in anatomy.linear_layers
+    ):
         return []
-    stems = [str(name).replace("{layer}", str(layer)) for name in found.companions]
-    others = [f"{stem.removesuffix('.bias').removesuffix('.weight')}.weight" for stem in stems]
-    return [own, *(name for name in others if name in headers.tensors)]
+    own = anatomy.on_disk(Matrix(layer, word)).name
+    begin = own[: own.index(f".{layer}.") + len(f".{layer}.")]
+    return [own, *(name for path in found.companions if (name := f"{begin}{path}.weight") in headers.tensors)]
 
 
 def bias_of(weight: str) -> str:

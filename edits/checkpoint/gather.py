@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import combinations
 from typing import Any
 
-from edits.checkpoint import created, places, quantised
+from edits.checkpoint import created, quantised
 from edits.checkpoint.touched import FLOATS, SlotEdit, Touched
 from steer.anatomy.headers import BYTES, Headers
 from steer.anatomy.resolve import Anatomy
@@ -68,13 +68,13 @@ def gathered(
 def _slot(matrix: Matrix, operations: tuple[Operation, ...], headers: Headers, anatomy: Anatomy | None) -> Slot:
     if matrix.raw or anatomy is None:
         slot = Slot(matrix.module)
-    elif matrix.bias and not places.has_bias(anatomy, matrix):
-        weight = places.on_disk(anatomy, Matrix(matrix.layer, matrix.module, matrix.expert))
+    elif matrix.bias and not anatomy.has_bias(matrix.module, matrix.layer, matrix.expert):
+        weight = anatomy.on_disk(Matrix(matrix.layer, matrix.module, matrix.expert))
         if not weight.name.endswith("weight"):  # A fused tensor of experts: no bias can be added beside it.
             raise created.no_bias(matrix, anatomy)
         return Slot(created.bias_of(weight.name))
     else:
-        slot = places.on_disk(anatomy, matrix)
+        slot = anatomy.on_disk(matrix)
     quantised.refuse(matrix, slot.name, operations, headers)
     if slot.name not in headers.tensors:
         raise SteerError(

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from edits.checkpoint import places
 from steer.anatomy.slots import WORDS
 from steer.operations import AddDense
 
@@ -35,7 +34,7 @@ def _word(plan: Plan, word: str, count: int) -> str:
     anatomy = plan.anatomy
     if word in ("embedding", "head") or anatomy is None:
         return name
-    there = places.count(anatomy, word)
+    there = len(anatomy.matrices(word))
     unit = "experts" if word.startswith("expert_") else "layers"
     by_head = any(each.heads is not None for each in plan.patch.operations if each.matrix.module == word)
     heads = len({head for tensor in plan.touched for head in tensor.heads if head[0].module == word})
