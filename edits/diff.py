@@ -69,10 +69,11 @@ def diff(
             only_first=paired.only_first,
             only_second=paired.only_second,
             regrouped=paired.regrouped,
+            unknown=paired.unknown,
             config=unequal_settings(a.config, b.config),
             files=unequal_files(a.headers, b.headers),
             limit=rank,
-            layers=1 + max((layer_of(name) or 0 for name in a.headers.tensors), default=0),
+            layers=1 + max((layer_of(name) or 0 for name in a.tensors), default=0),
         )
 
 

@@ -85,8 +85,9 @@ class Difference:
         same_file: how many are the same bytes of the same file (hard or symbolic links), so that none was read.
         reshaped: those of two shapes.
         only_first, only_second: names that only one side has.
-        regrouped: how many matrices are stored apart on one side and as part of one tensor on the other; they were
-            compared one by one and each counts as a tensor.
+        regrouped: how many tensors or parts of one were compared with a tensor of another name, such as an expert that is
+            stored apart on one side and with all others on the other; each counts as a tensor.
+        unknown: why tensors of different names could not be paired, where that was not possible.
         config: keys of config.json that differ.
         files: other files that differ.
         limit: up to which rank was counted; 0 for no rank.
@@ -103,6 +104,7 @@ class Difference:
     only_first: tuple[str, ...] = ()
     only_second: tuple[str, ...] = ()
     regrouped: int = 0
+    unknown: str = ""
     config: tuple[Setting, ...] = ()
     files: tuple[UnequalFile, ...] = ()
     limit: int = LIMIT
@@ -147,6 +149,7 @@ class Difference:
             "equal": self.equal,
             "same_file": self.same_file,
             "regrouped": self.regrouped,
+            "unknown": self.unknown,
             "differing": self.rows(),
             "reshaped": [
                 {"tensor": each.name, "first": list(each.first), "second": list(each.second)} for each in self.reshaped
@@ -170,7 +173,9 @@ class Difference:
         known = f"{self.equal} equal by reading, {self.same_file} the same file"
         lines = [f"{self.count} of {self.tensors} tensors differ ({known})"]
         if self.regrouped:
-            lines.append(f"{self.regrouped} matrices are stored apart on one side and in one tensor on the other")
+            lines.append(f"{self.regrouped} were compared with a tensor of another name (the layouts differ)")
+        if self.unknown:
+            lines.append(self.unknown)
         lines += [_named("only in the first", self.only_first), _named("only in the second", self.only_second)]
         shapes = [f"{each.name} {list(each.first)} against {list(each.second)}" for each in self.reshaped]
         lines += [_named("other shape", shapes), *(f"config.json: {setting}" for setting in self.config)]

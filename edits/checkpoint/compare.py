@@ -1,26 +1,25 @@
 """Whether two checkpoints hold the same tensors, byte by byte, each under the patches that are laid on it.
 
-A patch is carried out on one tensor at a time with the function that `apply` uses; everything else is read in steps.
-So a model of any size is compared in the memory of one tensor, and nothing is loaded.
+A patch is carried out piece by piece with the function that `apply` uses; everything else is read in steps. So a model
+of any size is compared in the memory of a few pieces, and nothing is loaded.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
+import numpy as np
 
-from edits.checkpoint.apply import TORCH
-from edits.checkpoint.plan import Touched, plan
+from edits.checkpoint.pieces import edited_bytes
+from edits.checkpoint.plan import Plan, plan
 from edits.checkpoint.stream import Bytes, read_exactly
+from edits.checkpoint.touched import Touched
 from steer.anatomy.headers import Entry, Headers, read_headers
 from steer.anatomy.record import Record
 from steer.errors import SteerError
-from steer.operations import edit_
 from steer.patches import Patch
 from steer.sources import locate
 from steer.subjects import load_change, parse
@@ -42,15 +41,15 @@ class OnDisk:
     patches: tuple[tuple[Patch, float], ...] = ()
     anatomy: Record | None = None
 
-    def touched(self) -> dict[str, Touched]:
-        """Tensors that the patches change, by name on disk; overlapping patches become one list of operations."""
-        if not self.patches:
-            return {}
-        scaled = [patch.scaled(scale) for patch, scale in self.patches]
-        for patch in scaled:
-            plan(patch, self.folder, self.anatomy)
-        together = Patch(tuple(operation for patch in scaled for operation in patch.operations))
-        return {tensor.name: tensor for tensor in plan(together, self.folder, self.anatomy).touched}
+    def plan(self) -> Plan | None:
+        """What the patches together do, each checked by itself first; None where there are none.
+
+        Raises:
+            SteerError: a patch does not fit.
+        """
+        scaled = [replace(patch.scaled(scale), expects={}) for patch, scale in self.patches]
+        plans = [plan(patch, self.folder, self.anatomy) for patch in scaled]
+        return plan(scaled, self.folder, self.anatomy) if len(plans) > 1 else next(iter(plans), None)
 
     def __str__(self) -> str:
         words = (
@@ -108,49 +107,66 @@ def same_bytes(first: OnDisk, second: OnDisk) -> SameBytes:
     Raises:
         SteerError: a folder holds no checkpoint, or a patch does not fit it.
     """
-    a, b = read_headers(first.folder), read_headers(second.folder)
-    edits_a, edits_b = first.touched(), second.touched()
-    names = sorted({*a.tensors, *b.tensors})
-    differing = [name for name in names if not _same(name, a, b, edits_a.get(name), edits_b.get(name))]
-    return SameBytes(len(names), len({*edits_a, *edits_b}), tuple(differing))
+    a, b = _State.of(first), _State.of(second)
+    names = sorted({*a.headers.tensors, *b.headers.tensors, *a.touched, *b.touched})
+    differing = [name for name in names if not _same(name, a, b)]
+    return SameBytes(len(names), len({*a.touched, *b.touched}), tuple(differing))
 
 
-def _same(name: str, a: Headers, b: Headers, edit_a: Touched | None, edit_b: Touched | None) -> bool:
-    x, y = a.tensors.get(name), b.tensors.get(name)
-    if x is None or y is None or (x.dtype, x.shape) != (y.dtype, y.shape):
+@dataclass(frozen=True)
+class _State:
+    """A checkpoint as it is under its patches."""
+
+    headers: Headers
+    touched: Mapping[str, Touched]
+
+    @classmethod
+    def of(cls, subject: OnDisk) -> _State:
+        found = subject.plan()
+        touched = {} if found is None else {tensor.name: tensor for tensor in found.touched}
+        return cls(read_headers(subject.folder), touched)
+
+    def layout(self, name: str) -> tuple[str, tuple[int, ...]] | None:
+        """Dtype and shape of a tensor; None where there is none."""
+        found = self.touched.get(name) or self.headers.tensors.get(name)
+        return None if found is None else (found.dtype, found.shape)
+
+    def pieces(self, name: str) -> Iterator[Bytes]:
+        """The bytes of a tensor, in order."""
+        if name in self.touched:
+            return edited_bytes(self.headers.folder, self.touched[name])
+        return stored_bytes(self.headers.folder, self.headers.tensors[name])
+
+
+def _same(name: str, a: _State, b: _State) -> bool:
+    if a.layout(name) is None or a.layout(name) != b.layout(name):
         return False
-    with _open(a.folder / x.file) as left, _open(b.folder / y.file) as right:
-        if edit_a is None and edit_b is None:
-            return _same_ranges(left, right, x, y)
-        return bool((patched(left, x, edit_a) == patched(right, y, edit_b)).all())
+    if name not in a.touched and name not in b.touched:
+        x, y = a.headers.tensors[name], b.headers.tensors[name]
+        if x.start == y.start and (a.headers.folder / x.file).samefile(b.headers.folder / y.file):
+            return True
+    return same_pieces(a.pieces(name), b.pieces(name))
 
 
-@contextmanager
-def _open(path: Path) -> Iterator[int]:
-    descriptor = os.open(path, os.O_RDONLY)
+def stored_bytes(folder: Path, entry: Entry) -> Iterator[Bytes]:
+    """Yield the bytes of a tensor as they lie in its file."""
+    descriptor = os.open(folder / entry.file, os.O_RDONLY)
     try:
-        yield descriptor
+        for start in range(entry.start, entry.end, STEP):
+            yield read_exactly(descriptor, start, min(start + STEP, entry.end))
     finally:
         os.close(descriptor)
 
 
-def _same_ranges(left: int, right: int, x: Entry, y: Entry) -> bool:
-    if x.start == y.start and os.path.sameopenfile(left, right):
-        return True
-    size = x.end - x.start
-    for offset in range(0, size, STEP):
-        stop = min(offset + STEP, size)
-        same = read_exactly(left, x.start + offset, x.start + stop) == read_exactly(
-            right, y.start + offset, y.start + stop
-        )
-        if not same.all():
+def same_pieces(first: Iterator[Bytes], second: Iterator[Bytes]) -> bool:
+    """Whether two streams of bytes are the same, however they are cut."""
+    empty = np.empty(0, dtype=np.uint8)
+    a, b = empty, empty
+    while True:
+        a, b = (piece if len(piece) else next(stream, empty) for piece, stream in ((a, first), (b, second)))
+        common = min(len(a), len(b))
+        if common == 0:
+            return len(a) == len(b)
+        if not np.array_equal(a[:common], b[:common]):
             return False
-    return True
-
-
-def patched(source: int, entry: Entry, edit: Touched | None) -> Bytes:
-    """Return the bytes of one tensor of an open file after the operations that touch it."""
-    data = read_exactly(source, entry.start, entry.end)
-    if edit is not None:
-        edit_(torch.from_numpy(data).view(TORCH[entry.dtype]).view(entry.shape), edit.operations, edit.head_width)
-    return data
+        a, b = a[common:], b[common:]

@@ -1,15 +1,15 @@
 """Matrices of one checkpoint, read some rows at a time, under the patches that are laid on it.
 
-What a patch does not touch is read from the file, a few rows at a time; a touched tensor is edited whole, by the
-function that `apply` uses, and kept until another one is asked for. So memory holds one touched tensor at most.
+What a patch does not touch is read from the file, a few rows at a time; a touched tensor, of fused experts one expert,
+is edited by the function that `apply` uses and kept until another one is asked for. So memory holds no more than that.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,13 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from edits.checkpoint.compare import OnDisk, patched
-from edits.checkpoint.plan import Touched
+from edits.checkpoint.compare import OnDisk
+from edits.checkpoint.created import changed_config
+from edits.checkpoint.pieces import edited_bytes
 from edits.checkpoint.stream import Bytes, read_exactly
+from edits.checkpoint.touched import Touched
 from steer.anatomy.headers import BYTES, Entry, Headers, read_headers
+from steer.anatomy.record import Record
 from steer.anatomy.slots import Slot
 
 CHUNK = 1 << 18  # Numbers in a block: two megabytes of float64.
@@ -66,22 +69,26 @@ class Side:
     Attributes:
         headers: its tensors and configuration.
         config: its configuration, with the keys that the patches set.
+        tensors: where each lies; of those that the patches change or make only dtype and shape count.
         touched: what the patches change, by name on disk.
         descriptors: open files by name.
+        record: your own record of the family, where it has none.
     """
 
     headers: Headers
-    config: dict[str, Any]
-    touched: dict[str, Touched]
-    descriptors: dict[str, int]
-    _edited: dict[str, Bytes] = field(default_factory=dict)
+    config: Mapping[str, Any]
+    tensors: Mapping[str, Entry]
+    touched: Mapping[str, Touched]
+    descriptors: Mapping[str, int]
+    record: Record | None = None
+    _edited: dict[tuple[str, int | None], Bytes] = field(default_factory=dict)
 
     def rows(self, slot: Slot) -> Rows:
         """Return the matrix that lies in a slot."""
-        entry = self.headers.tensors[slot.name]
+        entry = self.tensors[slot.name]
         shape = slot.shape(entry.shape)
         if slot.name in self.touched:
-            return Rows(shape, entry.dtype, _within(self._bytes_of(slot.name, entry), entry, slot))
+            return Rows(shape, entry.dtype, self._cut(slot, entry))
         descriptor = self.descriptors[entry.file]
         status = os.fstat(descriptor)
         if _contiguous(slot):
@@ -94,11 +101,36 @@ class Side:
             )
         return Rows(shape, entry.dtype, _turned(descriptor, entry, slot))
 
-    def _bytes_of(self, name: str, entry: Entry) -> Bytes:
-        if name not in self._edited:
-            self._edited.clear()
-            self._edited[name] = patched(self.descriptors[entry.file], entry, self.touched[name])
-        return self._edited[name]
+    def _cut(self, slot: Slot, entry: Entry) -> Callable[[int, int], Bytes]:
+        """Edit a touched tensor when its rows are first asked for; of a fused one the expert alone where that can be."""
+
+        def read(start: int, stop: int) -> Bytes:
+            tensor, inner, rest = self.touched[slot.name], entry, slot
+            part = None if slot.expert is None else expert_of(tensor, slot.expert)
+            if part is not None:
+                tensor, inner = part, replace(entry, shape=part.shape)
+                rest = Slot(slot.name, None, slot.transposed, slot.rows)
+            key = slot.name, slot.expert if part is not None else None
+            if key not in self._edited:
+                self._edited.clear()
+                self._edited[key] = np.concatenate(list(edited_bytes(self.headers.folder, tensor)))
+            return _within(self._edited[key], inner, rest)(start, stop)
+
+        return read
+
+
+def expert_of(tensor: Touched, expert: int) -> Touched | None:
+    """Return one expert of a fused tensor as a tensor of its own; None where an edit spans them."""
+    if len(tensor.shape) < 3 or any(edit.slot.expert is None for edit in tensor.edits):
+        return None
+    entry = tensor.entry
+    if entry is not None:
+        size = (entry.end - entry.start) // tensor.shape[0]
+        start = entry.start + expert * size
+        entry = replace(entry, shape=entry.shape[1:], start=start, end=start + size)
+    here = (edit for edit in tensor.edits if edit.slot.expert == expert)
+    edits = tuple(replace(edit, slot=replace(edit.slot, expert=None)) for edit in here)
+    return replace(tensor, shape=tensor.shape[1:], entry=entry, edits=edits)
 
 
 @contextmanager
@@ -108,13 +140,18 @@ def opened(subject: OnDisk) -> Iterator[Side]:
     Raises:
         SteerError: no checkpoint, or a patch does not fit it.
     """
-    headers, touched = read_headers(subject.folder), subject.touched()
+    headers, plan = read_headers(subject.folder), subject.plan()
+    touched = {} if plan is None else {tensor.name: tensor for tensor in plan.touched}
+    tensors = dict(headers.tensors)
+    for name, tensor in touched.items():
+        tensors[name] = Entry(tensor.file, tensor.dtype, tensor.shape, 0, tensor.size)
+    config = headers.config if plan is None else changed_config(headers.config, plan.config)
     with ExitStack() as stack:
         descriptors = {}
         for file in headers.files:
             descriptors[file] = os.open(Path(headers.folder) / file, os.O_RDONLY)
             stack.callback(os.close, descriptors[file])
-        yield Side(headers, headers.config, touched, descriptors)
+        yield Side(headers, config, tensors, touched, descriptors, subject.anatomy)
 
 
 def _contiguous(slot: Slot) -> bool:

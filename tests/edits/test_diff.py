@@ -76,6 +76,7 @@ def test_a_patch_shows_exactly_its_matrices_with_the_rank_of_its_directions(
     } == dict.fromkeys(names, True)
     assert (found.count, found.tensors) == (2, len(tensors(base))) and found.equal == found.tensors - 2
     assert found.same_file == 0 and {file.name for file in found.files} == {
+        "README.md",
         "steer/manifest.yaml",
         "steer/patch.safetensors",
     }
@@ -209,6 +210,72 @@ def test_fused_experts_are_compared_one_by_one(tiny_folder: Folder, tmp_path: Pa
     assert each.change.entries == stacked.numel() and each.change.share == pytest.approx(0.5, abs=0.05)
     x, y = stacked.double().numpy(), other.double().numpy()
     assert each.change.relative == pytest.approx(np.linalg.norm(x - y) / np.linalg.norm(x))
+
+
+def fused(folder: Path, target: Path) -> Path:
+    """Store the experts of each layer in two tensors, as transformers holds them in memory; done by hand."""
+
+    def join(found: dict[str, torch.Tensor]) -> None:
+        for layer in (1, 3):
+            stem = f"model.layers.{layer}.mlp.experts."
+            gate, up, down = (
+                torch.stack([found.pop(f"{stem}{expert}.{word}_proj.weight") for expert in range(4)])
+                for word in ("gate", "up", "down")
+            )
+            found[f"{stem}gate_up_proj"] = torch.cat([gate, up], 1)
+            found[f"{stem}down_proj"] = down
+
+    return altered(folder, target, join)
+
+
+def test_experts_apart_and_fused_are_the_same_model(tiny_folder: Folder, tmp_path: Path) -> None:
+    base = tiny_folder("qwen3_moe")
+    joined = fused(base, tmp_path / "fused")
+    for first, second in ((base, joined), (joined, base)):
+        found = edits.diff(first, second)
+        assert found.count == 0 and found.regrouped == 2 * 4 * 3 and found.tensors == len(tensors(base))
+        assert "24 were compared with a tensor of another name" in str(found) and not found.unknown
+
+
+def test_a_change_of_one_expert_is_found_in_the_other_layout(tiny_folder: Folder, tmp_path: Path) -> None:
+    base = tiny_folder("qwen3_moe")
+    name = "model.layers.3.mlp.experts.2.up_proj.weight"
+
+    def change(found: dict[str, torch.Tensor]) -> None:
+        found[name] += torch.outer(torch.ones(24), torch.arange(48.0))
+
+    other = altered(base, tmp_path / "other", change)
+    plain = edits.diff(base, other)
+    joined = fused(base, tmp_path / "fused")
+    for first, second in ((base, fused(other, tmp_path / "fused_other")), (joined, other)):
+        found = edits.diff(first, second)
+        assert found.rows() == plain.rows() and [each.name for each in found.differing] == [name]
+    back = edits.diff(other, joined).differing[0]
+    assert (back.change.largest, back.change.rank) == (plain.differing[0].change.largest, 1)
+    assert "experts.*.up_proj" in found.differing[0].kind
+
+
+def test_an_expert_that_is_missing_is_named_in_either_layout(tiny_folder: Folder, tmp_path: Path) -> None:
+    base = tiny_folder("qwen3_moe")
+    name = "model.layers.3.mlp.experts.2.up_proj.weight"
+    less = altered(base, tmp_path / "less", lambda found: found.pop(name))
+    joined = fused(base, tmp_path / "fused")
+    found = edits.diff(less, joined)
+    assert found.only_first == () and found.only_second == ("model.layers.3.mlp.experts.gate_up_proj",)
+    assert edits.diff(joined, less).only_first == found.only_second
+
+
+def test_without_an_anatomy_names_alone_count(tiny_folder: Folder, tmp_path: Path) -> None:
+    base = tiny_folder("qwen3_moe")
+    joined = fused(base, tmp_path / "fused")
+    for folder in (base, joined):
+        copy = tmp_path / f"{folder.name}-unknown"
+        shutil.copytree(folder, copy)
+        config = json.loads((copy / "config.json").read_text())
+        (copy / "config.json").write_text(json.dumps(config | {"model_type": "unheard_of"}))
+    found = edits.diff(tmp_path / f"{base.name}-unknown", tmp_path / "fused-unknown")
+    assert found.regrouped == 0 and len(found.only_first) == 24 and len(found.only_second) == 4
+    assert "by name alone" in str(found) and "unheard_of" in found.unknown
 
 
 def test_a_wrong_rank_or_side_is_refused(tiny_folder: Folder, tmp_path: Path) -> None:
