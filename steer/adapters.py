@@ -15,8 +15,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from steer.anatomy.resolve import Anatomy
-from steer.anatomy.slots import Matrix, Slot
+from steer.anatomy.slots import WORDS, Matrix, Slot
 from steer.errors import SteerError
 from steer.operations import AddLowRank, Operation
 from steer.patches import Patch
@@ -84,10 +84,10 @@ def read(folder: str | Path, anatomy: Anatomy | None = None) -> Patch:
     operations: list[Operation] = []
     try:
         with safe_open(path, framework="pt") as file:
-            names = list(file.keys())
-            for pair in _pairs(names, path):
+            named = _naming(anatomy)
+            for pair in _pairs(list(file.keys()), path):
                 A, B = file.get_tensor(pair.a), file.get_tensor(pair.b)
-                operations += _operations(pair, A, B, config, _names(anatomy), anatomy, folder)
+                operations += _operations(pair, A, B, config, named, anatomy, folder)
     except SafetensorError as error:
         raise SteerError(
             f"{path} is not a whole safetensors file ({error})", "an adapter of PEFT", "Copy or download it again"
@@ -173,7 +173,7 @@ def _operations(
     A: Float[Tensor, "rank in"],
     B: Float[Tensor, "out rank"],
     config: Mapping[str, Any],
-    known: Mapping[str, Matrix],
+    named: Callable[[str], Matrix],
     anatomy: Anatomy | None,
     folder: Path,
 ) -> list[Operation]:
@@ -191,8 +191,9 @@ def _operations(
         )
     scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
     if whole:
-        name = f"{pair.module}.weight"
-        matrix = Matrix(-1, "embedding") if pair.embedding else known.get(name, Matrix(-1, name))
+        matrix = named(f"{pair.module}.weight")
+        if pair.embedding and matrix.raw:  # Stored as (vocab, hidden), the transpose of what the factors are of.
+            A, B = B.T, A.T
         return [AddLowRank(matrix, A, B, scale)]
     experts = A.shape[0] // rank
     A, B = A.reshape(experts, rank, -1), B.reshape(B.shape[0], rank, experts).permute(2, 0, 1)
@@ -216,7 +217,7 @@ def _parameter(pair: _Pair, config: Mapping[str, Any], folder: Path) -> str | No
     for wanted in config.get("target_parameters") or ():
         leaf = str(wanted).rpartition(".")[2]
         full = f"{pair.module}.{leaf}"
-        if full == wanted or full.endswith(f".{wanted}"):
+        if (full == wanted or full.endswith(f".{wanted}")) and (leaf != wanted or pair.module.endswith("experts")):
             leaves.add(leaf)
     if not leaves or pair.embedding:
         return None
@@ -257,8 +258,24 @@ def _by_pattern(patterns: Mapping[str, Any] | None, name: str, otherwise: Any) -
     return otherwise
 
 
-def _names(anatomy: Anatomy | None) -> dict[str, Matrix]:
-    """Return the logical name of every matrix that is a parameter of its own, by its names in memory and on disk."""
+def _naming(anatomy: Anatomy | None) -> Callable[[str], Matrix]:
+    """Return what gives a parameter its logical name, else its name on disk.
+
+    PEFT names modules as they are in memory. Adapters made with earlier versions of transformers name the experts one by
+    one, as checkpoints do.
+    """
     if anatomy is None:
-        return {}
-    return {anatomy.disk_name(module, layer): Matrix(layer, module) for module, layer in anatomy.shapes}
+        return lambda name: Matrix(-1, name)
+    words = {anatomy.in_memory(matrix): matrix for word in WORDS for matrix in anatomy.matrices(word)}
+    stored = {}
+    for disk in anatomy.stored.values():
+        slot = anatomy.in_memory(Matrix(-1, disk))
+        if slot == Slot(slot.name):
+            stored[slot.name] = disk
+
+    def named(name: str) -> Matrix:
+        slot = anatomy.in_memory(Matrix(-1, name))
+        embedding = words.get(replace(slot, transposed=True))
+        return words.get(slot) or embedding or Matrix(-1, stored.get(slot.name, name))
+
+    return named

@@ -66,10 +66,12 @@ class Skeleton:
     Attributes:
         anatomy: of the checkpoint.
         modules: every module by its path.
+        routers: names of the routers' weights.
     """
 
     anatomy: Anatomy
     modules: Mapping[str, nn.Module]
+    routers: frozenset[str]
 
 
 def skeleton(folder: Path, anatomy: Anatomy) -> Skeleton:
@@ -80,17 +82,19 @@ def skeleton(folder: Path, anatomy: Anatomy) -> Skeleton:
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    make: Any = AutoModelForCausalLM.from_config
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            model = make(config, trust_remote_code=False)
     except (ValueError, KeyError) as error:
         raise SteerError(
             f"transformers cannot build the model of {folder} ({error})",
             "a family that it knows, since PEFT wraps its modules",
             "Use the patch itself: `steer apply`",
         ) from error
-    return Skeleton(anatomy, dict(model.named_modules()))
+    routers = frozenset(anatomy.in_memory(router).name for router in anatomy.matrices("router"))
+    return Skeleton(anatomy, dict(model.named_modules()), routers)
 
 
 def place_of(matrix: Matrix, model: Skeleton) -> Place | str:
@@ -105,7 +109,7 @@ def place_of(matrix: Matrix, model: Skeleton) -> Place | str:
     module = model.modules.get(path)
     if module is None:
         return f"transformers has no module {path}"
-    if matrix.module == "router" or slot in {anatomy.in_memory(router) for router in anatomy.matrices("router")}:
+    if slot.name in model.routers:
         return "PEFT cannot wrap a router"
     if slot.expert is not None:
         if bool(getattr(module, "is_transposed", False)) != slot.transposed:

@@ -59,16 +59,23 @@ def test_patterns_set_rank_and_alpha_of_some_targets(tmp_path: Path) -> None:
     assert [operation.weight for operation in adapters.read(folder).operations] == [3 / 3, 7 / 2]
 
 
-def test_an_embedding_is_read_as_the_matrix_that_writes_to_the_stream(tmp_path: Path) -> None:
+def test_an_embedding_is_read_as_the_matrix_that_writes_to_the_stream(
+    tmp_path: Path, tiny_folder: Callable[..., Path]
+) -> None:
+    """Its factors are those of the transpose (hidden, vocab); named as the stored tensor they change places."""
     lora.attention(tmp_path / "a")
     A, B = lora.factors(48, 60, 2)
     name = "base_model.model.model.embed_tokens"
     copied = {f"{name}.base_layer.weight": torch.zeros(60, 48)}
     factors = {f"{name}.lora_embedding_A": A, f"{name}.lora_embedding_B": B}
     save_file(factors | copied, tmp_path / "a" / "adapter_model.safetensors")
-    operation = low_rank(adapters.read(tmp_path / "a"))[Matrix(-1, "embedding")]
+    anatomy = steer.load(tiny_folder("qwen3"), device="cpu", self_check=False).anatomy
+    operation = low_rank(adapters.read(tmp_path / "a", anatomy))[Matrix(-1, "embedding")]
     assert torch.equal(operation.A, A)
     assert torch.equal(operation.B, B)
+    operation = low_rank(adapters.read(tmp_path / "a"))[Matrix(-1, "model.embed_tokens.weight")]
+    assert torch.equal(operation.A, B.T)
+    assert torch.equal(operation.B, A.T)
 
 
 def test_experts_share_a_pair_in_opposite_orders(tmp_path: Path) -> None:
