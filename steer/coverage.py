@@ -31,6 +31,7 @@ from steer.patches import Patch
 from steer.steering import Steering
 from steer.tables import table
 from steer.targets import Target, target_of
+from steer.writers import check_heads
 
 if TYPE_CHECKING:
     import pandas
@@ -184,6 +185,10 @@ def _what(matrix: Matrix) -> str:
 
 def _check(matrix: Matrix, operations: tuple[Operation, ...], target: Target) -> None:
     """Refuse operations that do not fit the matrix, as far as the anatomy counts it."""
+    if not matrix.raw:
+        target.anatomy.in_memory(matrix)
+    for operation in operations:
+        check_heads(target.anatomy, matrix, operation.heads)
     if matrix.module not in ("attention_output", "mlp_output"):
         return
     out, into = target.anatomy.shape(matrix.module, matrix.layer)

@@ -13,6 +13,7 @@ from steer.anatomy.slots import Matrix
 from steer.held import Edit, held
 from steer.operations import Operation, Survival
 from steer.parameters import Place
+from steer.writers import check_heads
 
 if TYPE_CHECKING:
     from steer.model import SteerableModel
@@ -70,4 +71,5 @@ def _check(model: SteerableModel, matrix: Matrix, where: Place, operations: tupl
         parameters.check(matrix, parameter)
         shape = where.slot.shape(tuple(parameter.shape))
     for operation in operations:
+        check_heads(model.anatomy, matrix, operation.heads)
         operation.check(shape, model.anatomy.heads)

@@ -48,7 +48,7 @@ def place(model: SteerableModel, matrix: Matrix) -> Place:
     Raises:
         SteerError: the model has no such matrix.
     """
-    slot = _slot(model, matrix)
+    slot = model.anatomy.in_memory(matrix)
     path, _, attribute = slot.name.rpartition(".")
     try:
         module = model.hf.get_submodule(path)
@@ -163,19 +163,3 @@ _GROWN: dict[int, int] = {}
 def is_absent(where: Place) -> bool:
     """Whether the model has no such bias of its own, be there one now by an open context."""
     return where.parameter is None or id(where.module) in _GROWN
-
-
-def _slot(model: SteerableModel, matrix: Matrix) -> Slot:
-    if hasattr(model.anatomy, "in_memory"):
-        found: Slot = model.anatomy.in_memory(matrix)
-        return found
-    record = model.anatomy.record
-    if matrix.raw:
-        return Slot(matrix.module)
-    if matrix.module in OUTSIDE:
-        return Slot(getattr(record.model, matrix.module) + ".weight", transposed=matrix.module == "embedding")
-    if matrix.module in ("attention_output", "mlp_output"):
-        model.anatomy.shape(matrix.module, matrix.layer)
-        path = f"{record.model.layers}.{matrix.layer}.{getattr(record.layer, matrix.module)}"
-        return Slot(path + (".bias" if matrix.bias else ".weight"))
-    raise SteerError(f"{matrix} cannot be found in a loaded model", "another matrix")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from steer.anatomy.headers import Headers, read_headers
 from steer.anatomy.resolve import Anatomy, resolve
-from steer.anatomy.slots import Matrix, Slot
+from steer.anatomy.slots import Matrix
 from steer.form_table import Bias
 from steer.identity import ModelIdentity, shape_id
 from steer.parameters import place
@@ -67,7 +67,7 @@ def _of_headers(headers: Headers, name: str) -> Target:
     def bias(matrix: Matrix) -> Tensor | None:
         if not has_bias(anatomy, matrix):
             return None
-        slot = bias_slot(anatomy, matrix)
+        slot = anatomy.on_disk(replace(matrix, bias=True))
         with safe_open(headers.folder / headers.tensors[slot.name].file, framework="pt") as file:
             found: Tensor = slot.view(file.get_tensor(slot.name))[:, 0]
         return found
@@ -89,10 +89,3 @@ def _of_model(model: SteerableModel) -> Target:
 def _method(config: dict[str, object]) -> str:
     found = config.get("quantization_config")
     return str(found.get("quant_method", "unknown method")) if isinstance(found, dict) else ""
-
-
-def bias_slot(anatomy: Anatomy, matrix: Matrix) -> Slot:
-    if hasattr(anatomy, "on_disk"):
-        found: Slot = anatomy.on_disk(replace(matrix, bias=True))
-        return found
-    return Slot(anatomy.bias_name(matrix.module, matrix.layer))

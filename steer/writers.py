@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from steer.anatomy.resolve import Anatomy, Contributes
 from steer.anatomy.slots import Matrix
+from steer.errors import SteerError
 
 # Families whose chosen experts' weights always have one sum, whatever the token: a softmax over the chosen ones.
 CONSTANT_SUM = {"gpt_oss": 1.0}
@@ -47,7 +48,7 @@ def writers(anatomy: Anatomy, module: str, layer: int) -> tuple[Matrix, ...]:
     found = [
         matrix
         for word in ("expert_down", "shared_expert_output")
-        for matrix in (anatomy.matrices(word) if hasattr(anatomy, "matrices") else ())
+        for matrix in anatomy.matrices(word)
         if matrix.layer == layer
     ]
     return tuple(found)
@@ -55,9 +56,7 @@ def writers(anatomy: Anatomy, module: str, layer: int) -> tuple[Matrix, ...]:
 
 def has_bias(anatomy: Anatomy, matrix: Matrix) -> bool:
     """Whether the model has the bias that goes with a matrix."""
-    if matrix.expert >= 0:
-        return anatomy.has_bias(matrix.module, matrix.layer, matrix.expert)
-    return anatomy.has_bias(matrix.module, matrix.layer)
+    return anatomy.has_bias(matrix.module, matrix.layer, matrix.expert)
 
 
 def bias_form(anatomy: Anatomy, module: str, layer: int) -> tuple[str | None, str | None]:
@@ -79,13 +78,29 @@ def bias_form(anatomy: Anatomy, module: str, layer: int) -> tuple[str | None, st
         return f"the bias of {len(experts)} experts a layer", None
     if has_bias(anatomy, found[0]):
         return "", None
-    grown = anatomy.output_bias(module) if hasattr(anatomy, "output_bias") else None
+    if module == "attention_output" and layer in anatomy.linear_layers:
+        return None, f"linear attention of {anatomy.family} models loads no bias there"
+    grown = anatomy.output_bias(module)
     if grown is None:
         return None, f"{anatomy.family} models load no bias there"
-    return f"a new bias, with {grown.config_key} set", None
+    return f"a new bias, with {grown.key} set", None
 
 
 def weights_sum(anatomy: Anatomy, module: str, layer: int) -> float:
     """Return what a vector added by every writer of a part is multiplied by: 1 but for experts of `CONSTANT_SUM`."""
     dense = module == "attention_output" or layer in anatomy.dense_mlp_layers
     return 1.0 if dense else CONSTANT_SUM[anatomy.family]
+
+
+def check_heads(anatomy: Anatomy, matrix: Matrix, heads: tuple[int, ...] | None) -> None:
+    """Refuse heads of a layer that has none, although its columns may happen to divide among as many.
+
+    Raises:
+        SteerError: the layer has linear attention.
+    """
+    if heads is not None and matrix.layer in anatomy.linear_layers:
+        raise SteerError(
+            f"the patch names heads {list(heads)} of layer {matrix.layer}, which has linear attention",
+            f"one of the layers {list(anatomy.site_layers('head_out'))}",
+            "Leave the heads out there, or project the whole attention output (heads=None)",
+        )

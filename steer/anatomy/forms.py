@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from steer.anatomy.resolve import Anatomy, Contributes
-from steer.writers import bias_form, part
+from steer.writers import bias_form, has_bias, part, writers
 
 FORMS = ("hook", "vllm", "patch", "lora")
 ADDED, PROJECTED = "Add", "ProjectOut"
@@ -81,13 +81,7 @@ def _reach(anatomy: Anatomy, quantised: str, kind: str, site: str, form: str) ->
         layers, why = dense, "the other layers have experts"
     if form == "patch" and kind == ADDED and layers:
         layers, why = _biases(anatomy, site, why)
-    if (
-        form == "lora"
-        and not why
-        and any(
-            module == ("mlp_output" if site.startswith("mlp") else "attention_output") for module, _ in anatomy.biases
-        )
-    ):
+    if form == "lora" and kind == PROJECTED and not why and _has_biases(anatomy, site):
         why = "only where the output bias has no component along the direction"
     return Reach(f"{kind} at {site}", form, layers, total, (kind, site) in PRESENT[form], why)
 
@@ -100,3 +94,12 @@ def _biases(anatomy: Anatomy, site: str, why: str) -> tuple[int, str]:
     reasons = [bias_form(anatomy, behind.module, layer)[1] for layer in within]
     refused = [reason for reason in reasons if reason is not None]
     return len(reasons) - len(refused), why or (refused[0] if refused else "")
+
+
+def _has_biases(anatomy: Anatomy, site: str) -> bool:
+    """Whether a projection behind a site has a bias anywhere; at head_out biases do not count."""
+    behind = part(site, anatomy)
+    if behind is None:
+        return False
+    layers = range(anatomy.layers)
+    return any(has_bias(anatomy, matrix) for layer in layers for matrix in writers(anatomy, behind.module, layer)[:1])

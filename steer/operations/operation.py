@@ -153,7 +153,7 @@ def checked_heads(matrix: Matrix, heads: Sequence[int] | None) -> tuple[int, ...
     """Return heads in order, each once.
 
     Raises:
-        SteerError: none is named, one is named twice, or a number is negative.
+        SteerError: none is named, one is named twice, a number is negative, or the matrix has no heads.
     """
     if heads is None:
         return None
@@ -165,8 +165,10 @@ def checked_heads(matrix: Matrix, heads: Sequence[int] | None) -> tuple[int, ...
         raise SteerError(f"the operation on {matrix} names a head twice: {list(heads)}", "each head once")
     if min(heads) < 0:
         raise SteerError(f"the operation on {matrix} names heads {list(heads)}", "numbers from 0 on")
-    if matrix.bias:
-        raise SteerError(f"the operation on {matrix} names heads", "none, since a bias is no sum over heads")
+    if matrix.bias or not (matrix.raw or matrix.module == "attention_output"):
+        raise SteerError(
+            f"the operation on {matrix} names heads", "none there: columns belong to heads in an attention_output alone"
+        )
     return tuple(sorted(heads))
 
 

@@ -33,7 +33,7 @@ from steer.operations import (
 )
 from steer.operations import edit as module
 
-W = Matrix(0, "mlp_output")
+W = Matrix(0, "attention_output")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 HALF = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float64: 2.0**-53}
 KINDS = ("project_out", "scale", "add_low_rank", "add_dense", "set_slice")
@@ -78,7 +78,7 @@ def recipe(kind: str, shape: tuple[int, int], heads: int, draw: Any) -> Callable
     weight, seed = draw(st.floats(-2, 2)), draw(st.integers(0, 9))
     some = draw(st.none() | st.sets(st.integers(0, heads - 1), min_size=1).map(tuple))
     if kind == "project_out":
-        return lambda: ProjectColumns(0, "mlp_output", some, normal(out, seed=seed), weight)
+        return lambda: ProjectColumns(0, "attention_output", some, normal(out, seed=seed), weight)
     if kind == "scale":
         factor = draw(st.floats(-2, 2))
         return lambda: Scale(W, factor, some, weight)
@@ -262,6 +262,7 @@ def test_factors_are_the_change_where_there_are_factors(case: Callable[[], Case]
 SENSELESS: list[tuple[Any, str]] = [
     (lambda: Scale(W, math.inf), "finite"),
     (lambda: Scale(W, 2.0, ()), "no head"),
+    (lambda: Scale(Matrix(0, "mlp_output"), 2.0, (1,)), "attention_output alone"),
     (lambda: AddLowRank(W, torch.ones(2, 3), torch.ones(4, 1)), "rank"),
     (lambda: AddLowRank(W, torch.ones(1, 3), torch.full((4, 1), math.nan)), "finite"),
     (lambda: AddDense(W, torch.ones(2, 2, dtype=torch.int8)), "dtype"),
