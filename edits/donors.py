@@ -138,6 +138,15 @@ class Checkpoint:
         return digest([canonical([matrix.key, entry.dtype, list(entry.shape), entry.start, *file]).encode()])
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a target of an adapter lies in a checkpoint: which tensor, its stored shape, and what part of it."""
+
+    tensor: Matrix
+    shape: tuple[int, ...]
+    slot: Slot
+
+
 @dataclass(frozen=True, eq=False)
 class Adapter:
     """A LoRA adapter by itself: W -> (alpha / r) B A.
@@ -146,11 +155,14 @@ class Adapter:
         folder: of the adapter.
         strength: times alpha / r.
         operations: what it does, strengths and all.
+        places: of each operation, the tensor that its matrix lies in, its stored shape, and where; None names every
+            target as the adapter does, as a tensor of its own.
     """
 
     folder: Path
     strength: float
     operations: tuple[AddLowRank, ...] = field(repr=False)
+    places: tuple[Place, ...] | None = field(default=None, repr=False)
 
     @property
     def label(self) -> str:
@@ -168,42 +180,50 @@ class Adapter:
         return ()
 
     @cached_property
-    def by_matrix(self) -> Mapping[Matrix, tuple[AddLowRank, ...]]:
-        """Its operations, by the matrix that they add to."""
-        found: dict[Matrix, tuple[AddLowRank, ...]] = {}
-        for operation in self.operations:
-            found[operation.matrix] = (*found.get(operation.matrix, ()), operation)
+    def by_tensor(self) -> Mapping[Matrix, list[tuple[AddLowRank, Place]]]:
+        """Its operations, by the tensor that they add to."""
+        own = [Place(each.matrix, (each.B.shape[0], each.A.shape[1]), Slot("")) for each in self.operations]
+        found: dict[Matrix, list[tuple[AddLowRank, Place]]] = {}
+        for operation, place in zip(self.operations, self.places or own, strict=True):
+            found.setdefault(place.tensor, []).append((operation, place))
         return found
 
     @cached_property
     def shapes(self) -> Shapes:
-        """The matrices that it adds to."""
-        return {
-            matrix: (operations[0].B.shape[0], operations[0].A.shape[1])
-            for matrix, operations in self.by_matrix.items()
-        }
+        """The tensors that it adds to."""
+        return {tensor: placed[0][1].shape for tensor, placed in self.by_tensor.items()}
 
     def read(self, matrix: Matrix, rows: slice, columns: slice) -> Float[Tensor, "rows columns"]:
         """Return a piece of the product; zeros where it adds nothing."""
         total = torch.zeros(rows.stop - rows.start, columns.stop - columns.start, dtype=torch.float64)
-        nothing = torch.zeros(1, 1, dtype=torch.float64).expand_as(total)
-        for operation in self.by_matrix.get(matrix, ()):
-            total += operation.change(nothing, rows, columns)
+        for operation, place in self.by_tensor.get(matrix, ()):
+            if place.slot.expert is None:
+                total += _product(operation, place.slot.transposed, rows, columns)
+            elif rows.start <= place.slot.expert < rows.stop:
+                total[place.slot.expert - rows.start] += _expert_product(operation, place, columns)
         return total
 
     def digest(self, matrix: Matrix) -> str:
-        """Return the hash of its factors for this matrix."""
-        parts = [f"{operation.weight!r} {operation.digest()}" for operation in self.by_matrix.get(matrix, ())]
+        """Return the hash of its factors for this tensor."""
+        parts = [f"{each.matrix.key} {each.weight!r} {each.digest()}" for each, _ in self.by_tensor.get(matrix, ())]
         return digest([part.encode() for part in parts])
 
     def on(self, checkpoint: Checkpoint) -> Adapter:
-        """Return the adapter under the names that the checkpoint has for its targets.
+        """Return the adapter under the names that the checkpoint has for its targets, experts of any layout too.
 
         Raises:
-            SteerError: a target is a part of a larger tensor, or is not there.
+            SteerError: a target is not there, or has another shape.
         """
         known = _operations(self.folder, self.strength, checkpoint.anatomy)
-        return Adapter(self.folder, self.strength, tuple(_named(self.label, each, checkpoint) for each in known))
+        places = []
+        for operation in known:
+            matrix = operation.matrix
+            slot = Slot(matrix.module) if matrix.raw else checkpoint.anatomy.on_disk(matrix)
+            tensor = Matrix(-1, slot.name)
+            stored = checkpoint.entry(tensor).shape
+            operation.check(slot.shape(stored), 1)
+            places.append(Place(tensor, stored, slot))
+        return Adapter(self.folder, self.strength, known, tuple(places))
 
 
 @dataclass(frozen=True, eq=False)
@@ -242,7 +262,7 @@ class Adapted:
         """Return a piece of the sum."""
         total = self.base.read(matrix, rows, columns)
         for adapter in self.adapters:
-            if matrix in adapter.by_matrix:
+            if matrix in adapter.by_tensor:
                 total += adapter.read(matrix, rows, columns)
         return total
 
@@ -314,20 +334,29 @@ def _operations(folder: Path, strength: float, anatomy: Anatomy | None = None) -
     return tuple(found)
 
 
-def _named(label: str, operation: AddLowRank, checkpoint: Checkpoint) -> AddLowRank:
-    matrix = operation.matrix
-    slot = Slot(matrix.module) if matrix.raw else checkpoint.anatomy.on_disk(matrix)
-    if slot.expert is not None or slot.rows is not None:
-        raise SteerError(
-            f"{label} adds to {matrix}, which is a part of the tensor {slot.name}",
-            "adapters of whole tensors",
-            f"Write it into a checkpoint first (`steer apply {checkpoint.label} {label}`), and give that folder",
-        )
-    factors = (operation.B.T, operation.A.T) if slot.transposed else (operation.A, operation.B)
-    named = AddLowRank(Matrix(-1, slot.name), *factors, operation.weight)
-    stored = checkpoint.entry(named.matrix).shape
-    named.check(Slot(slot.name).shape(stored), 1)
-    return named
+def _product(operation: AddLowRank, transposed: bool, rows: slice, columns: slice) -> Float[Tensor, "rows columns"]:
+    """A piece of weight B A, counted as it is stored."""
+    rows, columns = (columns, rows) if transposed else (rows, columns)
+    nothing = torch.zeros(1, 1, dtype=torch.float64).expand(rows.stop - rows.start, columns.stop - columns.start)
+    found = operation.change(nothing, rows, columns)
+    return found.T if transposed else found
+
+
+def _expert_product(operation: AddLowRank, place: Place, columns: slice) -> Float[Tensor, " columns"]:
+    """Numbers `columns` of one expert of a fused tensor, flattened: only the stored rows that they lie in are made."""
+    height, width = place.shape[-2:]
+    first, last = columns.start // width, -(-columns.stop // width)
+    band = torch.zeros(last - first, width, dtype=torch.float64)
+    out = range(*slice(*(place.slot.rows or (0, None, 1))).indices(width if place.slot.transposed else height))
+    if place.slot.transposed:  # Stored as (in, out): the band is a range of inputs.
+        band[:, out.start : out.stop : out.step] = _product(operation, True, slice(first, last), slice(0, len(out)))
+    else:
+        inside = [index for index, row in enumerate(out) if first <= row < last]
+        if inside:
+            start = out[inside[0]] - first
+            product = _product(operation, False, slice(inside[0], inside[-1] + 1), slice(0, width))
+            band[start : start + len(inside) * out.step : out.step] = product
+    return band.reshape(-1)[columns.start - first * width : columns.stop - first * width]
 
 
 def piece(path: Path, entry: Entry, rows: slice, columns: slice) -> Float[Tensor, "rows columns"]:

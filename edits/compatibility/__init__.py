@@ -66,5 +66,5 @@ def _adapter_row(adapter: Adapter, base: Checkpoint) -> Row:
         matched = adapter.on(base)
     except SteerError as error:
         return Row("adapter", adapter.label, str(error.found), str(error.expected), "stop", "its targets are not there")
-    count = f"{len(matched.by_matrix)} matrices"
+    count = f"{len(matched.operations)} matrices"
     return Row("adapter", adapter.label, count, count, "ok")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,16 +12,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
 
 import edits
 from edits.arithmetic import ReasoningVector, reasoning_vector
 from edits.arithmetic.pieces import Difference, pieces, seen_as
-from edits.donors import donor
+from edits.donors import Adapter, Place, donor
+from edits.merge.methods.linear import linear
+from edits.merge.methods.task_arithmetic import task_arithmetic
 from steer.anatomy.slots import Matrix, Slot
 from steer.errors import SteerError
-from steer.operations import AddDense, Source, edit_
+from steer.operations import AddDense, AddLowRank, Source, edit_
 from steer.patches import Patch
 from tests.edits.donated import adapter, change_config, related, resharded, tensors, wide
+from tests.tiny import FAMILIES
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +167,18 @@ def test_cosine(folders, vector):
     assert vector.cosine(vector * 0) is None
 
 
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0, 1.6])
+def test_it_is_the_merge_of_two_models(folders, alpha):
+    """Against the merging room: task arithmetic to the byte, linear (1 - alpha, alpha) to the last place."""
+    patch = reasoning_vector(folders["plus"], folders["minus"]).patch(alpha)
+    plus, minus = tensors(folders["plus"]), tensors(folders["minus"])
+    for name, value in added(patch, folders["minus"]).items():
+        pair = minus[name].double(), plus[name].double()
+        assert torch.equal(value, task_arithmetic(pair[0], [pair[1]], [alpha]).float() if alpha else minus[name])
+        straight = linear(pair, [1 - alpha, alpha], normalize=False).float()
+        assert (value - straight).abs().max() <= value.abs().max() * 2**-23
+
+
 def test_equal_tensors_are_left_out_and_counted(folders, tmp_path):
     shutil.copytree(folders["plus"], tmp_path / "copy")
     found = tensors(tmp_path / "copy")
@@ -282,6 +299,50 @@ class TestAdapters:
         plus, minus = wide(folders["plus"]), wide(folders["minus"])
         name = next(iter(first))
         assert whole(vector, name) == pytest.approx(plus[name] - minus[name] + first[name], abs=1e-12)
+
+    @pytest.mark.parametrize("transposed", [False, True])
+    @pytest.mark.parametrize("rows", [None, (0, 6, 1), (6, None, 1), (0, None, 2), (1, None, 2)])
+    def test_experts_inside_a_fused_tensor(self, transposed, rows):
+        """Every way in which an expert may lie in a tensor of three axes, against a view of the whole."""
+        stored = (5, 8, 12) if transposed else (5, 12, 8)
+        matrix, generator = Matrix(-1, "model.layers.0.experts"), torch.Generator().manual_seed(0)
+        whole, operations, places = torch.zeros(stored, dtype=torch.float64), [], []
+        for expert in (1, 4):
+            slot = Slot(matrix.module, expert, transposed, rows)
+            out, into = slot.shape(stored)
+            A, B = torch.randn(3, into, generator=generator), torch.randn(out, 3, generator=generator)
+            operations.append(AddLowRank(Matrix(0, "expert_up", expert), A, B, 0.5))
+            places.append(Place(matrix, stored, slot))
+            slot.view(whole).add_(0.5 * (B.double() @ A.double()))
+        made = Adapter(Path("a"), 1.0, tuple(operations), tuple(places))
+        flat = whole.reshape(5, -1)
+        for r in (slice(0, 5), slice(1, 2), slice(2, 4), slice(3, 5)):
+            for c in (slice(0, 96), slice(0, 1), slice(7, 9), slice(40, 41), slice(13, 80), slice(90, 96)):
+                assert torch.allclose(made.read(matrix, r, c), flat[r, c], atol=1e-12)
+
+    @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+    def test_adapters_of_experts(self, tmp_path, family):
+        """As the patch of the same adapter does it."""
+        if family not in FAMILIES:
+            pytest.skip(f"there is no tiny {family} yet")
+        peft = pytest.importorskip("peft", reason="peft is not installed; the extra `lora` has it")
+        folders = related(tmp_path, family, names=("base",))
+        model = AutoModelForCausalLM.from_pretrained(folders["base"], dtype=torch.float32)
+        config = peft.LoraConfig(
+            r=2, lora_alpha=4, target_modules=["o_proj"], target_parameters=["mlp.experts.down_proj"]
+        )
+        wrapped = peft.get_peft_model(model, config)
+        with torch.no_grad():
+            for name, value in wrapped.named_parameters():
+                if "lora_" in name:
+                    value.normal_(generator=torch.Generator().manual_seed(len(name)))
+        wrapped.save_pretrained(tmp_path / "adapter")
+        vector = reasoning_vector(f"{folders['base']}+{tmp_path / 'adapter'}", folders["base"])
+        edits.as_patch(tmp_path / "adapter", folders["base"]).plan(folders["base"]).apply(tmp_path / "out")
+        made = added(vector.patch(), folders["base"])
+        for name, value in tensors(tmp_path / "out").items():
+            assert torch.allclose(made[name], value, rtol=1e-6, atol=1e-7), name
+        assert any("expert" in matrix.module for matrix in vector.differing)
 
     def test_an_adapter_is_no_whole_model(self, folders, made):
         with pytest.raises(SteerError, match="whole models"):
