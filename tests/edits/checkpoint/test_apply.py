@@ -24,9 +24,10 @@ from steer.directions import Direction
 from steer.errors import SteerError
 from steer.operations import edited, tensor_hash
 from steer.patches import Patch
-from tests.edits.material import FAMILIES, attention_output, contents, matrix, patch
+from tests.edits.material import attention_output, contents, matrix, patch
 
 Folder = Callable[..., Path]
+FAMILIES = ("llama", "qwen3", "gemma2", "qwen3_moe")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
