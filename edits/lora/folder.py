@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WORDS = {"float32": "F32", "float64": "F64", "bfloat16": "BF16", "float16": "F16"}
 MANIFEST = "steer/adapter.json"
+SHOWN = 8
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,10 @@ class Adapter:
     def __str__(self) -> str:
         ranks = ", ".join(f"{count} of rank {rank}" for rank, count in self.ranks.items())
         lines = [f"adapter {self.path}: {len(self.rows)} matrices ({ranks}), relative error {self.error:.2g}"]
-        lines += [f"  not in it: {row.tensor}, relative difference {row.relative:.2g}: {row.why}" for row in self.left]
+        shown = self.left[:SHOWN]
+        lines += [f"  not in it: {row.tensor}, relative difference {row.relative:.2g}: {row.why}" for row in shown]
+        if len(self.left) > SHOWN:
+            lines.append(f"  and {len(self.left) - SHOWN} more that are not in it, all in {MANIFEST}")
         return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
 
     def to_dict(self) -> dict[str, Any]:
@@ -248,16 +252,20 @@ def seal(partial: Path, found: Writing, adapter: Adapter, recipe: Mapping[str, A
 
 
 def _card(adapter: Adapter, recipe: Mapping[str, Any]) -> str:
-    said = "\n".join(f"* {key}: {value}" for key, value in recipe.items())
+    said = "\n".join(f"* {key}: {value['name'] if isinstance(value, dict) else value}" for key, value in recipe.items())
+    first, *more = str(adapter).splitlines()
+    listed = "".join(f"\n* {line.strip()}" for line in more)
     return f"""---
 base_model: {adapter.base}
 library_name: peft
 tags: [lora, reasoning-steer]
 ---
-A LoRA adapter made by reasoning-steer, not trained: {str(adapter).partition(": ")[2]}
 
-{said}
+# {adapter.path.name}
 
-`PeftModel.from_pretrained(base, folder)` runs it; lora_alpha equals the rank, so the scale is 1. What it changes, matrix by
-matrix, stands in `{MANIFEST}`.
+A LoRA adapter made by reasoning-steer, not trained: {first.partition(": ")[2]}.
+`PeftModel.from_pretrained(base, folder)` runs it; lora_alpha equals the rank, so B A is added as it is. What it changes,
+matrix by matrix, stands in `{MANIFEST}`.
+
+{said}{listed}
 """

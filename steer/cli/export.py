@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from edits.lora import Adapter, export_lora, extract_lora
+from edits.lora.folder import MANIFEST
 from steer.cli.options import Json, Out, Quiet, Seed
 from steer.cli.output import Output
 from steer.control_vectors import write
@@ -17,6 +18,7 @@ from steer.steering import Steering
 from steer.subjects import load_change
 
 FORMATS = ("lora", "gguf")
+SHOWN = 40
 
 
 def command(
@@ -79,7 +81,9 @@ def command(
         where = model or _model_of(found, change)
         made = export_lora(found, where, out, rank=rank, dtype=dtype, anatomy=anatomy, seed=seed)
     rows = [(row.matrix, row.rank, row.norm, row.relative, row.error) for row in made.rows]
-    output.table(str(made), ["matrix", "rank", "norm", "relative", "error"], rows)
+    output.table(str(made), ["matrix", "rank", "norm", "relative", "error"], rows[:SHOWN])
+    if len(rows) > SHOWN:
+        output.text(f"  and {len(rows) - SHOWN} more, all in {out / MANIFEST}")
     output.text(f"Run it with PEFT, or with `steer generate {base or model or made.base}+{out}`")
     output.result(made.to_dict())
 
