@@ -1,7 +1,8 @@
-"""A steering curve: what a direction does to length, accuracy and closure at several coefficients, with controls.
+"""A curve: what a change does to length, accuracy and closure at several strengths, with controls.
 
-The control is a random direction with the same norm in every layer, at the same coefficients and on the same questions
-with the same random streams, so that what differs is the direction alone.
+The change is a direction or a difference of weights. The control is a random one with the same norm in every layer or
+tensor, at the same strengths and on the same questions with the same random streams, so that what differs is where it
+points.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from experiments.run import Run
 from experiments.summary import Replies
 from steer.directions import Direction
 from steer.interventions import Add
+from steer.patches import Patch
 from steer.steering import Steering
 
 if TYPE_CHECKING:
@@ -31,7 +33,7 @@ class Curve:
     """Runs at increasing coefficients, on the same questions.
 
     Attributes:
-        name: of the direction.
+        name: of the change.
         coefficients: one per run.
         runs: the one at 0 is the unchanged model's.
     """
@@ -54,19 +56,32 @@ class Curve:
         """Tokens of thought per unit of the coefficient (least squares), questions drawn together at all points."""
         return bootstrap(self._slope, len(self.runs[0].replies.rows), seed=seed)
 
+    def slope_beyond(self, controls: Sequence[Curve], seed: int = 0) -> Interval:
+        """Slope of this curve minus the mean slope of the controls."""
+        return self._beyond(self._slope, [control._slope for control in controls], seed)
+
+    def rise(self, seed: int = 0) -> Interval:
+        """Accuracy per unit of the coefficient (least squares), questions drawn together at all points."""
+        return bootstrap(self._rise, len(self.runs[0].replies.rows), seed=seed)
+
+    def rise_beyond(self, controls: Sequence[Curve], seed: int = 0) -> Interval:
+        """Rise of this curve minus the mean rise of the controls."""
+        return self._beyond(self._rise, [control._rise for control in controls], seed)
+
+    def _beyond(self, own: Statistic, others: Sequence[Statistic], seed: int) -> Interval:
+        def beyond(drawn: Weights) -> Numbers:
+            each: Numbers = own(drawn) - np.mean([other(drawn) for other in others], axis=0)
+            return each
+
+        return bootstrap(beyond, len(self.runs[0].replies.rows), seed=seed)
+
     @property
     def _slope(self) -> Statistic:
         return slope_of([_mean_length(run.replies) for run in self.runs], self.coefficients)
 
-    def slope_beyond(self, controls: Sequence[Curve], seed: int = 0) -> Interval:
-        """Slope of this curve minus the mean slope of the controls."""
-        others = [control._slope for control in controls]
-
-        def beyond(drawn: Weights) -> Numbers:
-            each: Numbers = self._slope(drawn) - np.mean([other(drawn) for other in others], axis=0)
-            return each
-
-        return bootstrap(beyond, len(self.runs[0].replies.rows), seed=seed)
+    @property
+    def _rise(self) -> Statistic:
+        return slope_of([run.replies.statistic(run.replies.correct) for run in self.runs], self.coefficients)
 
     def ratio(self, seed: int = 0) -> Interval:
         """Mean length at the last point over that at the first."""
@@ -95,8 +110,18 @@ def steering_curve(
         plain: the unchanged model's run.
         evaluate: called once per point.
     """
+    return curve_of(model, steering, steering.name, coefficients, plain, evaluate)
+
+
+def curve_of(
+    model: SteerableModel,
+    change: Steering | Patch,
+    name: str,
+    coefficients: Sequence[float],
+    plain: Run,
+    evaluate: Evaluate,
+) -> Curve:
+    """Evaluate a steering or a patch at several coefficients; arguments as `steering_curve`."""
     ordered = sorted(coefficients)
-    runs = [
-        plain if c == 0 else evaluate(model.with_(steering, coefficient=c), f"{steering.name}{c:+g}") for c in ordered
-    ]
-    return Curve(steering.name, tuple(ordered), tuple(runs))
+    runs = [plain if c == 0 else evaluate(model.with_(change, coefficient=c), f"{name}{c:+g}") for c in ordered]
+    return Curve(name, tuple(ordered), tuple(runs))
