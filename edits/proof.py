@@ -13,11 +13,12 @@ from steer.tables import table
 if TYPE_CHECKING:
     import pandas
 
-SAME_FILE, READ, HASH, SIZE = "same_file", "read", "hash", "size"
+SAME_FILE, READ, HASH, SIZE, REMADE = "same_file", "read", "hash", "size", "remade"
 WAYS = {
     SAME_FILE: "the same file",
     READ: "equal to the base byte for byte",
     HASH: "by the hash that was recorded",
+    REMADE: "the base's with the keys set that the manifest names",
     SIZE: "by size only",
 }
 SHOWN = 20
@@ -44,7 +45,7 @@ class TouchedTensor:
     Attributes:
         name: on disk.
         as_written: whether its bytes have the hash that the manifest states.
-        recomputed: whether the edit of the base's tensor gives the same bytes; None where the base is not at hand.
+        recomputed: whether the edit of the base's tensor gives the same bytes; None where base or patch are not at hand.
         residues: of its projections; empty for other operations and where the base is not at hand.
     """
 
@@ -65,6 +66,9 @@ class Proof:
         touched: tensors that the patch changes.
         untouched: how many other tensors are known in which way (keys of `WAYS`).
         files: the same for files without tensors.
+        forced: how many matrices were edited although they were not those that the patch was made for.
+        described: the patch was described instead of stored, since it read its numbers from other checkpoints; its
+            tensors are known by their hash alone.
         problems: what is wrong, by name; none means that the proof holds.
     """
 
@@ -74,6 +78,8 @@ class Proof:
     touched: tuple[TouchedTensor, ...] = field(repr=False)
     untouched: Mapping[str, int]
     files: Mapping[str, int]
+    forced: int = 0
+    described: bool = False
     problems: tuple[Problem, ...] = ()
 
     @property
@@ -107,6 +113,8 @@ class Proof:
             "touched": self.rows(),
             "untouched": dict(self.untouched),
             "files": dict(self.files),
+            "forced": self.forced,
+            "described": self.described,
             "problems": [{"name": problem.name, "found": problem.found} for problem in self.problems],
         }
 
@@ -114,7 +122,9 @@ class Proof:
         """The proof as label and text."""
         written = sum(tensor.as_written for tensor in self.touched)
         made = sum(tensor.recomputed is True for tensor in self.touched)
-        again = "not recomputed without the base" if self.base is None else f"{made} recomputed byte for byte"
+        again = f"{made} recomputed byte for byte"
+        if self.base is None or self.described:
+            again = f"not recomputed without {'the base' if self.base is None else 'the numbers of the patch'}"
         rows = [("edited", self.edited), ("base", self.base or "not at hand"), ("patch", self.patch[:12])]
         rows.append(("touched tensors", f"{len(self.touched)}: {written} as written, {again}"))
         residues = [residue for tensor in self.touched for residue in tensor.residues]
@@ -125,6 +135,8 @@ class Proof:
             rows.append(("max |v̂ᵀW|", f"{len(residues)} projections; nearest to its tolerance: {where}, {kept}"))
         rows.append(("untouched tensors", _ways(self.untouched)))
         rows.append(("other files", _ways(self.files)))
+        if self.forced:
+            rows.append(("forced", f"{self.forced} matrices were not those that the patch was made for"))
         rows += [("wrong", str(problem)) for problem in self.problems[:SHOWN]]
         if len(self.problems) > SHOWN:
             rows.append(("wrong", f"and {len(self.problems) - SHOWN} more"))

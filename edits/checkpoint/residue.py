@@ -13,18 +13,22 @@ v̂ leave about u / sqrt(3)). The larger of the two counts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from jaxtyping import Float
+from numpy.typing import NDArray
 
+from edits.checkpoint.pieces import TORCH
+from edits.checkpoint.touched import SlotEdit
 from steer.anatomy.slots import Matrix
 from steer.operations import ProjectColumns
 
-RELATIVE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+RELATIVE = {"F64": 1e-12, "F32": 1e-6, "F16": 2e-3, "BF16": 1e-2}
 COLUMNS = 256
+Columns = Callable[[slice], NDArray[np.float64]]
 
 
 @dataclass(frozen=True)
@@ -55,25 +59,24 @@ class Residue:
         return self.gap <= self.tolerance
 
 
-def residues(
-    before: torch.Tensor, after: torch.Tensor, operations: Sequence[ProjectColumns], head_width: int
-) -> list[Residue]:
+def residues(before: Columns, after: Columns, shape: tuple[int, int], dtype: str, edit: SlotEdit) -> list[Residue]:
     """Measure every projection of one matrix.
 
     Args:
-        before, after: views (out, in) of the stored matrix, of any dtype.
-        operations: all that touch it, in their order.
-        head_width: columns per head.
+        before, after: give some columns of the stored matrix, base and edited.
+        shape: of the matrix (out, in).
+        dtype: that the edited matrix is stored in.
+        edit: all that is done to the matrix; projections only.
     """
-    operations = [operation for operation in operations if operation.weight]
+    operations = [each for each in edit.operations if isinstance(each, ProjectColumns) and each.weight]
     found = np.zeros((len(operations), 5))  # before, after, wanted, gap, largest ‖exact column‖
     units = [_unit(operation) for operation in operations]
-    step = head_width if any(operation.heads is not None for operation in operations) else COLUMNS
-    for start in range(0, before.shape[1], step):
-        columns = slice(start, min(start + step, before.shape[1]))
-        here = [o.heads is None or start // head_width in o.heads for o in operations]
+    step = edit.head_width if any(operation.heads is not None for operation in operations) else COLUMNS
+    for start in range(0, shape[1], step):
+        here = [each.heads is None or start // edit.head_width in each.heads for each in operations]
         if any(here):
-            base, stored = (_wide(each[:, columns]) for each in (before, after))
+            columns = slice(start, min(start + step, shape[1]))
+            base, stored = before(columns), after(columns)
             exact = base.copy()
             for operation, unit, acts in zip(operations, units, here, strict=True):
                 if acts:
@@ -84,7 +87,7 @@ def residues(
                     parts = (unit @ base, unit @ stored, unit @ exact, unit @ (stored - exact))
                     row = [*(float(np.abs(part).max()) for part in parts), length]
                     found[index] = np.maximum(found[index], row)
-    rounding = torch.finfo(after.dtype).eps / 2 * (1 + 2**-10)
+    rounding = torch.finfo(TORCH[dtype]).eps / 2 * (1 + 2**-10)
     return [
         Residue(
             operation.matrix,
@@ -93,7 +96,7 @@ def residues(
             float(row[1]),
             float(row[2]),
             float(row[3]),
-            float(max(RELATIVE[after.dtype] * row[0], rounding * row[4])),
+            float(max(RELATIVE[dtype] * row[0], rounding * row[4])),
         )
         for operation, row in zip(operations, found, strict=True)
     ]
@@ -103,7 +106,3 @@ def _unit(operation: ProjectColumns) -> Float[np.ndarray, " out"]:
     vector = operation.vector.double().numpy()
     unit: np.ndarray = vector / np.linalg.norm(vector)
     return unit
-
-
-def _wide(block: torch.Tensor) -> Float[np.ndarray, "out width"]:
-    return block.double().numpy()

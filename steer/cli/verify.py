@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
+from edits.checkpoint.apply import STORY
 from edits.checkpoint.compare import OnDisk, on_disk
-from edits.checkpoint.manifest import PATCH
+from edits.checkpoint.manifest import MANIFEST, PATCH
 from edits.checkpoint.proof import prove
 from edits.verify import TOKENS, verify
 from steer.cli.options import Json, Quiet, Seed, Subject
@@ -65,7 +66,7 @@ def command(
         if quick:
             raise SteerError(
                 "--quick is for a base and the checkpoint that `steer apply` made of it",
-                f"a second folder with {PATCH}, and no patch on either side",
+                f"a second folder with {MANIFEST}, and no patch on either side",
                 "Leave --quick out",
             )
         found = verify(*sides, weights_only=True)
@@ -82,9 +83,14 @@ def command(
 
 def _is_edit(base: OnDisk, edited: OnDisk) -> bool:
     """Whether the question is what became of a base, not whether two checkpoints are the same."""
-    files = [side.folder / PATCH for side in (base, edited)]
-    found = [file.read_bytes() if file.is_file() else None for file in files]
+    found = [_applied(side.folder) for side in (base, edited)]
     return not base.patches and not edited.patches and found[1] is not None and found[0] != found[1]
+
+
+def _applied(folder: Path) -> bytes | None:
+    """Return the manifest of a folder that `apply` wrote; None for others, such as a merge."""
+    known = any((folder / name).is_file() for name in (PATCH, STORY)) and (folder / MANIFEST).is_file()
+    return (folder / MANIFEST).read_bytes() if known else None
 
 
 def _prove(base: OnDisk, edited: OnDisk, *, read: bool, output: Output) -> int:

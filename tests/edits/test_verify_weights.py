@@ -14,15 +14,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import edits
 from edits.checkpoint import residue
 from edits.checkpoint.manifest import MANIFEST, PATCH
+from edits.checkpoint.plan import plan
+from edits.checkpoint.touched import SlotEdit
 from edits.proof import COLUMNS
 from steer.anatomy.headers import read_headers
+from steer.anatomy.slots import Matrix, Slot
 from steer.cli.app import run
 from steer.errors import SteerError
+from steer.operations import AddBias, AddDense, ProjectColumns, Scale
 from steer.patches import Patch
 from tests.edits.material import patch
 
@@ -96,13 +100,18 @@ def test_wrong_residues_are_found_whatever_the_hashes_say(dtype: torch.dtype) ->
     """A projection at 0.9 of its strength, of other heads, or with a direction that is a little turned."""
     generator = torch.Generator().manual_seed(0)
     weights = torch.randn(48, 64, generator=generator).to(dtype)
-    operation = patch(((0, (1, 3)),)).operations[0]
-    right = residue.residues(weights, edited(weights, operation), [operation], 16)  # type: ignore[list-item]
-    assert right[0].passed
-    turned = patch(((0, (1, 3)),)).operations[0].vector + 0.1 * torch.randn(48, generator=generator)  # type: ignore[attr-defined]
-    for wrong in (replace(operation, weight=0.9), replace(operation, heads=(1,)), replace(operation, vector=turned)):  # type: ignore[type-var]
-        assert not residue.residues(weights, edited(weights, wrong), [operation], 16)[0].passed  # type: ignore[list-item]
-    assert not residue.residues(weights, weights, [operation], 16)[0].passed  # type: ignore[list-item]
+    operation: Any = patch(((0, (1, 3)),)).operations[0]
+    word = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}[dtype]
+    edit = SlotEdit(operation.matrix, Slot("x"), (operation,), 16)
+
+    def passes(after: torch.Tensor) -> bool:
+        sides = [lambda columns, side=side: side[:, columns].double().numpy() for side in (weights, after)]
+        return residue.residues(sides[0], sides[1], (48, 64), word, edit)[0].passed
+
+    assert passes(edited(weights, operation)) and not passes(weights)
+    turned = operation.vector + 0.1 * torch.randn(48, generator=generator)
+    for wrong in (replace(operation, weight=0.9), replace(operation, heads=(1,)), replace(operation, vector=turned)):
+        assert not passes(edited(weights, wrong))
 
 
 def edited(weights: torch.Tensor, operation: Any) -> torch.Tensor:
@@ -134,7 +143,7 @@ def test_a_tensor_that_was_never_edited_is_told_from_a_damaged_one(tiny_folder: 
     found = edits.prove(done, base)
     words = [str(problem) for problem in found.problems]
     assert {problem.name for problem in found.problems} == {TOUCHED} and any("not edited" in word for word in words)
-    assert any("component along its direction" in word for word in words)
+    assert any("component along the direction" in word for word in words)
     alone = edits.prove(hidden(done, base))
     assert [problem.name for problem in alone.problems] == [TOUCHED]
 
@@ -228,6 +237,80 @@ def test_hashes_of_a_hub_cache_prove_a_copy_without_its_base(tiny_folder: Folder
         "tokenizer_config.json",
     }
     assert edits.prove(done, read=False).passed and (done / MANIFEST).read_text() == manifest
+
+
+def vector(seed: int = 3, size: int = 48) -> torch.Tensor:
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed))
+
+
+def all_kinds() -> dict[str, tuple[str, Patch, dict[str, Any]]]:
+    """Family, patch and options of apply for every kind of change; experts fused on disk and apart, stored turned or not."""
+    dense = torch.randn(48, 64, generator=torch.Generator().manual_seed(1)) * 0.1
+    down, up = Matrix(1, "expert_down", 2), Matrix(1, "expert_up", 2)
+    return {
+        "expert": ("qwen3_moe", Patch((ProjectColumns(1, "expert_down", None, vector(), expert=2),)), {}),
+        "turned expert": ("gpt_oss", Patch((ProjectColumns(1, "expert_down", None, vector(), expert=2),)), {}),
+        "fused expert": ("granitemoe", Patch((ProjectColumns(1, "expert_down", None, vector(), expert=2),)), {}),
+        "interleaved": ("gpt_oss", Patch((Scale(up, 0.5), Scale(down, 1.5))), {}),
+        "embedding": ("qwen3", Patch((ProjectColumns(-1, "embedding", None, vector()),)), {}),
+        "wide": ("qwen3", patch(weight=0.5), {"dtype": "float32"}),
+        "dense": ("qwen3", Patch((AddDense(Matrix(0, "attention_output"), dense),)), {}),
+        "raw": ("qwen3", Patch((Scale(Matrix(-1, "model.norm.weight"), 1.5),)), {}),
+        "bias": ("llama", Patch((AddBias(1, "mlp_output", vector()),)), {}),
+        "config": ("qwen3", Patch(patch().operations, config={"rms_norm_eps": 1e-5}), {}),
+        "untied": ("smollm3", Patch((ProjectColumns(-1, "embedding", None, vector()),)), {"untie": True}),
+    }
+
+
+@pytest.mark.parametrize(("kind", "hashed"), [(kind, index % 2 == 0) for index, kind in enumerate(all_kinds())])
+def test_every_kind_of_edit_is_proved_and_its_damage_found(
+    tiny_folder: Folder, tmp_path: Path, kind: str, hashed: bool
+) -> None:
+    family, change, options = all_kinds()[kind]
+    biases = {"attention_bias": False, "mlp_bias": False} if kind == "bias" else {}
+    base = tiny_folder(family, dtype=torch.bfloat16, **biases)
+    done = Path(plan(change, base, **options).apply(tmp_path / "out", hash_all=hashed))
+    found = edits.prove(done, base)
+    assert found.passed, str(found)
+    assert found.touched and all(tensor.as_written and tensor.recomputed for tensor in found.touched)
+    projects = any(isinstance(operation, ProjectColumns) for operation in change.operations)
+    left = [residue for tensor in found.touched for residue in tensor.residues]
+    assert bool(left) is projects
+    if projects and change.operations[0].weight == 1:
+        assert all(each.wanted < 1e-12 and each.after < 0.02 * each.before for each in left)
+    name = next(tensor.name for tensor in found.touched if "zeros" not in tensor.name)
+    with_bytes(done, name, flip)
+    names = {problem.name for problem in edits.prove(done, base).problems}
+    assert name in names and names <= {name, read_headers(done).tensors[name].file}
+    alone = edits.prove(hidden(done, base))
+    assert name in {problem.name for problem in alone.problems} and (
+        set(alone.untouched) == ({"hash"} if hashed else {"size"}) if kind != "wide" else not alone.untouched
+    )
+
+
+def test_a_configuration_that_is_not_what_was_set_is_named(tiny_folder: Folder, tmp_path: Path) -> None:
+    base = tiny_folder("qwen3")
+    done = made(base, tmp_path / "out", Patch(patch().operations, config={"rms_norm_eps": 1e-5}))
+    assert edits.prove(done, base).files["remade"] == 1
+    text = (done / "config.json").read_text()
+    (done / "config.json").write_text(text.replace('"vocab_size": 55', '"vocab_size": 56'))
+    [problem] = edits.prove(done, base).problems
+    assert problem.name == "config.json" and "vocab_size" in problem.found
+
+
+def test_a_patch_that_reads_other_checkpoints_is_known_by_its_hashes(tiny_folder: Folder, tmp_path: Path) -> None:
+    base = tiny_folder("qwen3")
+    plus = shutil.copytree(base, tmp_path / "plus")
+    near = {name: tensor * 1.01 for name, tensor in _all(base).items()}
+    save_file(near, plus / "model.safetensors", {"format": "pt"})
+    change = edits.reasoning_vector(plus, base).patch()
+    done = made(base, tmp_path / "out", change)
+    found = edits.prove(done, base)
+    assert found.passed and found.described and all(tensor.as_written for tensor in found.touched)
+    assert "without the numbers of the patch" in str(found)
+    with_bytes(done, TOUCHED, flip)
+    assert [problem.name for problem in edits.prove(done, base).problems] == [TOUCHED]
+    assert run(["verify", "--weights", str(base), str(done), "--quiet"]) == 1
 
 
 def test_a_run_that_was_interrupted_is_refused(tiny_folder: Folder, tmp_path: Path) -> None:
