@@ -45,13 +45,10 @@ def writers(anatomy: Anatomy, module: str, layer: int) -> tuple[Matrix, ...]:
     """
     if module == "attention_output" or layer in anatomy.dense_mlp_layers:
         return (Matrix(layer, module),)
-    found = [
-        matrix
-        for word in ("expert_down", "shared_expert_output")
-        for matrix in anatomy.matrices(word)
-        if matrix.layer == layer
-    ]
-    return tuple(found)
+    experts = tuple(Matrix(layer, "expert_down", expert) for expert in range(anatomy.experts))
+    record = anatomy.record.experts
+    shared = (Matrix(layer, "shared_expert_output"),) if record is not None and record.shared_output else ()
+    return experts + shared
 
 
 def has_bias(anatomy: Anatomy, matrix: Matrix) -> bool:
@@ -67,15 +64,14 @@ def bias_form(anatomy: Anatomy, module: str, layer: int) -> tuple[str | None, st
     """
     found = writers(anatomy, module, layer)
     if module == "mlp_output" and layer not in anatomy.dense_mlp_layers:
-        experts = [matrix for matrix in found if matrix.module == "expert_down"]
-        if not experts or not all(has_bias(anatomy, matrix) for matrix in experts):
+        if not has_bias(anatomy, found[0]):
             return None, "the layer has experts whose outputs are weighted and summed, and they have no biases"
         if anatomy.family not in CONSTANT_SUM:
             return (
                 None,
                 "the weights of the chosen experts do not always have the same sum, so a bias would be scaled by it",
             )
-        return f"the bias of {len(experts)} experts a layer", None
+        return f"the bias of {anatomy.experts} experts a layer", None
     if has_bias(anatomy, found[0]):
         return "", None
     if module == "attention_output" and layer in anatomy.linear_layers:

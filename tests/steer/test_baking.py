@@ -42,7 +42,10 @@ _WIDE: dict[int, steer.SteerableModel] = {}
 def widened(model: steer.SteerableModel) -> steer.SteerableModel:
     """A copy in float64, made once; the models of this file are kept, so an id stays theirs."""
     if id(model) not in _WIDE:
-        _WIDE[id(model)] = steer.wrap(copy.deepcopy(model.hf).double(), self_check=False)
+        hf = copy.deepcopy(model.hf).double()
+        if model.anatomy.experts:
+            hf.set_experts_implementation("eager")  # The grouped kernel has no float64.
+        _WIDE[id(model)] = steer.wrap(hf, self_check=False)
     return _WIDE[id(model)]
 
 
@@ -130,6 +133,49 @@ def test_heads_have_the_form_everywhere_without_a_model() -> None:
     heads = ProjectOut(v(), "head_out", heads=((1, 0), (1, 2), (3, 1)))
     for family in EVERY:
         assert agree(built(family), heads) == Patch.from_steering(Steering((heads,)))
+
+
+# Layers with experts.
+
+
+@pytest.mark.parametrize(
+    "family", ["qwen3_moe", "qwen2_moe", "mixtral", "granitemoe", "deepseek_v3", "gpt_oss", "qwen3_next"]
+)
+def test_a_projection_of_every_expert_projects_their_sum(family: str) -> None:
+    """Whatever the router weighs; the shared expert, its gate, biases and multipliers are no exception."""
+    model = built(family)
+    patch = agree(model, ProjectOut(v(), "mlp_out", 0.7))
+    words = {matrix.module for matrix in patch.matrices}
+    assert "expert_down" in words and ("shared_expert_output" in words) == (
+        family in ("qwen2_moe", "deepseek_v3", "qwen3_next")
+    )
+    without = Patch(tuple(each for each in patch.operations if each.matrix.expert != 1))
+    steering = Steering((ProjectOut(v(), "mlp_out", 0.7),))
+    assert float((logits(model, without) - logits(model, steering)).abs().max()) > 1e-3, "one expert left out shows"
+
+
+def test_a_vector_can_be_added_where_the_weights_of_experts_always_sum_to_one() -> None:
+    patch = agree(built("gpt_oss"), Add(v(), "mlp_out", 0.4), ProjectOut(v(1), "mlp_out", 0.5))
+    assert len([each for each in patch.operations if isinstance(each, AddBias)]) == 4 * 4
+
+
+@pytest.mark.parametrize(
+    "family", ["qwen3_moe", "qwen2_moe", "olmoe", "mixtral", "granitemoe", "deepseek_v3", "glm4_moe"]
+)
+@pytest.mark.parametrize("site", ["mlp_out", "resid_post"])
+def test_elsewhere_experts_take_up_no_vector(family: str, site: str) -> None:
+    layers = built(family).anatomy.expert_layers
+    refuse(family, Add(v(), site, layers=layers), "experts", "no biases")
+    with pytest.raises(SteerError, match="no single MLP projection"):
+        Patch.from_steering(Steering((ProjectOut(v(), "mlp_raw"),)), built(family))
+
+
+def test_layers_of_linear_attention_are_projected_whole_but_take_up_no_vector() -> None:
+    linear = built("qwen3_next").anatomy.linear_layers
+    agree(built("qwen3_next"), ProjectOut(v(), "attn_out"), ProjectOut(v(1), "mlp_out", 0.5))
+    refuse("qwen3_next", Add(v(), "attn_raw", layers=linear), "linear attention")
+    others = tuple(layer for layer in LAYERS if layer not in linear)
+    agree(built("qwen3_next"), Add(v(), "attn_raw", layers=others))
 
 
 # Additions.

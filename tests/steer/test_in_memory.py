@@ -143,6 +143,96 @@ def test_a_patch_that_cannot_be_opened_changes_nothing() -> None:
     assert hashes(model) == before and not _HELD
 
 
+# Experts, which lie side by side in fused parameters.
+
+Q, G = "model.layers.1.mlp.experts.", "model.layers.1.mlp.experts."
+EXPERTS: dict[str, tuple[str, Matrix, str, Callable[[torch.Tensor], torch.Tensor]]] = {
+    "down": ("qwen3_moe", Matrix(1, "expert_down", 2), Q + "down_proj", lambda w: w[2]),
+    "gate": ("qwen3_moe", Matrix(1, "expert_gate", 2), Q + "gate_up_proj", lambda w: w[2][:24]),
+    "up": ("qwen3_moe", Matrix(1, "expert_up", 3), Q + "gate_up_proj", lambda w: w[3][24:]),
+    "down by its name on disk": ("qwen3_moe", Matrix(-1, Q + "2.down_proj.weight"), Q + "down_proj", lambda w: w[2]),
+    "router": ("qwen3_moe", Matrix(1, "router"), "model.layers.1.mlp.gate.weight", lambda w: w),
+    "turned down": ("gpt_oss", Matrix(1, "expert_down", 3), G + "down_proj", lambda w: w[3].T),
+    "interleaved gate": ("gpt_oss", Matrix(1, "expert_gate", 0), G + "gate_up_proj", lambda w: w[0].T[0::2]),
+    "interleaved up": ("gpt_oss", Matrix(1, "expert_up", 1), G + "gate_up_proj", lambda w: w[1].T[1::2]),
+    "up bias": ("gpt_oss", Matrix(1, "expert_up", 1, True), G + "gate_up_proj_bias", lambda w: w[1][1::2, None]),
+    "down bias": ("gpt_oss", Matrix(1, "expert_down", 1, True), G + "down_proj_bias", lambda w: w[1][:, None]),
+    "shared": ("qwen2_moe", Matrix(1, "shared_expert_output"), "model.layers.1.mlp.shared_expert.down_proj.weight", lambda w: w),
+    "linear attention": ("qwen3_next", Matrix(0, "attention_output"), "model.layers.0.linear_attn.out_proj.weight", lambda w: w),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_a_part_of_a_parameter_is_edited_where_it_lies(name: str) -> None:
+    family, matrix, path, part = EXPERTS[name]
+    model = loaded(family, dtype=torch.bfloat16)
+    before, parameter = hashes(model), model.hf.get_parameter(path)
+    expected = parameter.detach().clone()
+    here = part(expected)
+    out = here.shape[0]
+    operations: list[Operation] = [
+        AddDense(matrix, normal(*here.shape), 0.1),
+        AddLowRank(matrix, normal(2, here.shape[1]), normal(out, 2, seed=1), 0.1),
+        SetSlice(matrix, (1, 3), (0, here.shape[1]), normal(2, here.shape[1])),
+    ]
+    if not matrix.raw:
+        operations.append(
+            ProjectColumns(matrix.layer, matrix.module, None, normal(out), 0.5, matrix.expert, matrix.bias)
+        )
+    here.copy_(edited(here, operations, here.shape[1]))
+    with Patch(tuple(operations)).on(model):
+        assert torch.equal(parameter, expected)
+        assert {key for key, value in hashes(model).items() if value != before[key]} == {path}
+    assert hashes(model) == before
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_patches_of_neighbours_in_one_parameter_end_in_any_order(order: tuple[int, ...]) -> None:
+    """Two experts, and the whole parameter by its name, so that what is kept overlaps."""
+    model = loaded("gpt_oss", dtype=torch.bfloat16)
+    before, parameter = hashes(model), model.hf.get_parameter(G + "down_proj")
+    patches = [
+        Patch((ProjectColumns(1, "expert_down", None, normal(HIDDEN), expert=1),)),
+        Patch((AddDense(Matrix(-1, G + "down_proj"), normal(4, INNER * HIDDEN), 0.1),)),
+        Patch(
+            (
+                ProjectColumns(1, "expert_down", None, normal(HIDDEN, seed=1), expert=2),
+                Scale(Matrix(1, "expert_down", 1), 0.5),
+            )
+        ),
+    ]
+    contexts = [change.on(model) for change in patches]
+    for context in contexts:
+        context.__enter__()
+    for index in order:
+        assert hashes(model) != before
+        contexts[index].__exit__(None, None, None)
+    assert hashes(model) == before and parameter is model.hf.get_parameter(G + "down_proj") and not _HELD
+
+
+def test_an_expert_that_is_switched_off_is_as_if_its_weight_were_zero() -> None:
+    model = loaded("gpt_oss")
+    patch = Patch((Scale(Matrix(1, "expert_down", 2), 0.0), Scale(Matrix(1, "expert_down", 2, True), 0.0)))
+    found = model.with_(patch).run(IDS)[0]
+    experts = model.hf.model.layers[1].mlp.experts
+    with torch.no_grad():
+        experts.down_proj[2].zero_()
+        experts.down_proj_bias[2].zero_()
+    torch.testing.assert_close(model.run(IDS)[0], found, rtol=0, atol=0)
+
+
+def test_heads_of_a_layer_without_heads_are_refused() -> None:
+    """The columns of this linear attention divide among as many heads as the others have."""
+    model = loaded("qwen3_next")
+    assert model.hf.model.layers[0].linear_attn.out_proj.weight.shape[1] % model.anatomy.heads == 0
+    with (
+        pytest.raises(SteerError, match="linear attention") as caught,
+        Patch((ProjectColumns(0, "attention_output", (1,), normal(HIDDEN)),)).on(model),
+    ):
+        pass
+    assert "heads=None" in caught.value.remedy
+
+
 # Biases that the model does not have.
 
 
