@@ -99,6 +99,11 @@ class Reader:
         self.stored, self._rooms, self._files = tuple(stored), rooms, files
         self.count = stored[0].count
 
+    @property
+    def many(self) -> bool:
+        """Whether there is more than one piece."""
+        return self.count > CHUNK
+
     def pieces(self, *which: int) -> Iterator[Piece]:
         """Yield piece after piece of the chosen sources, of all of them if none is named."""
         chosen = which or tuple(range(len(self.stored)))
@@ -144,3 +149,8 @@ def reading(stored: Sequence[Stored], rooms: Rooms) -> Iterator[Reader]:
             files.append(os.open(each.path, os.O_RDONLY))
             stack.callback(os.close, files[-1])
         yield Reader(stored, rooms, files)
+
+
+def memory(sources: int) -> int:
+    """Return the bytes of buffers and temporaries that a merge of tensors with this many sources holds, at most."""
+    return 2 * (sources + 1) * CHUNK * 16 + 6 * CHUNK * 8

@@ -17,7 +17,7 @@ from edits.compatibility import Compatibility, compatibility
 from edits.donors import Checkpoint
 from edits.merge import vocabulary
 from edits.merge.job import FLOATS, Found, Job, job, position, promoted
-from edits.merge.produce import memory
+from edits.merge.pieces import memory
 from edits.merge.recipe import DTYPES, Recipe, read_recipe
 from steer.anatomy.headers import Entry, Headers, read_headers
 from steer.errors import SteerError

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from edits.checkpoint.stream import Bytes, Json
 from edits.merge.job import Job
-from edits.merge.pieces import CHUNK, TORCH, Room, Rooms, reading
+from edits.merge.pieces import TORCH, Room, Rooms, reading
 from edits.merge.stream import STREAMS, Result, changes
 from steer.anatomy.headers import BYTES
 
@@ -77,7 +77,7 @@ class Produced:
         self._begin()
         with one_thread(), reading(self._job.sources, self._rooms) as reader:
             cast = (self._cast(result) for result in STREAMS[self._job.method](self._job, reader, self._note))
-            for piece in ahead(cast) if math.prod(self._job.shape) > CHUNK else cast:
+            for piece in ahead(cast) if reader.many else cast:
                 self._measure(piece)
                 yield piece.data
 
@@ -163,8 +163,3 @@ def _root(squares: list[float]) -> float:
 def _plain(value: float) -> float | None:
     """Nine digits, which no order of a sum changes; None for what JSON cannot say."""
     return float(f"{value:.9g}") if math.isfinite(value) else None
-
-
-def memory(sources: int) -> int:
-    """Return the bytes of buffers and temporaries that a merge of tensors with this many sources holds, at most."""
-    return 2 * (sources + 1) * CHUNK * 16 + 6 * CHUNK * 8

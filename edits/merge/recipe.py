@@ -128,10 +128,13 @@ class Recipe(_Strict):
         return tuple(dict.fromkeys([*listed, *([self.base_model] if self.base_model is not None else [])]))
 
     def to_yaml(self) -> str:
-        """Return the recipe as YAML."""
+        """Return the recipe as YAML, without aliases for what stands in it twice."""
+        import json
+
         import yaml
 
-        return yaml.safe_dump(self.source, sort_keys=False, allow_unicode=True, width=4096)
+        plain = json.loads(json.dumps(self.source))
+        return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=4096)
 
 
 def read_recipe(
