@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 from edits.lora import export_lora
 from edits.lora.disk import checkpoint
 from steer import adapters
+from steer.coverage import coverage
 from steer.directions import Direction
 from steer.identity import ModelIdentity
-from steer.interventions import Add, ProjectOut
+from steer.interventions import Add, ProjectOut, SetComponent
 from steer.operations import (
     AddBias,
     AddDense,
@@ -276,3 +277,28 @@ def test_a_steering_without_factors_is_refused(tiny_folder: Folder, tmp_path: Pa
     base, direction = tiny_folder("qwen3"), Direction(random(1, 48), (1,), "resid_mid")
     for each in (Add(direction, "attn_out"), ProjectOut(direction, "resid_post")):
         refused(partial(export_lora, Steering((each,)), base, tmp_path / "a"), "")
+
+
+SAID = {
+    "heads": ProjectOut(Direction(random(2, 48), (1, 2), "resid_mid"), "head_out", heads=((1, 0), (1, 3), (2, 2))),
+    "attention": ProjectOut(Direction(random(2, 48), (1, 2), "resid_mid"), "attn_out"),
+    "mlp": ProjectOut(Direction(random(1, 48), (2,), "resid_mid"), "mlp_raw"),
+    "stream": ProjectOut(Direction(random(1, 48), (1,), "resid_mid"), "resid_post"),
+    "embedding": ProjectOut(Direction(random(1, 48), (0,), "resid_mid"), "resid_pre"),
+    "thinking": ProjectOut(Direction(random(1, 48), (1,), "resid_mid"), "attn_out", phase="thinking"),
+    "added": Add(Direction(random(1, 48), (1,), "resid_mid"), "attn_out"),
+    "set": SetComponent(Direction(random(1, 48), (1,), "resid_mid"), "attn_out", 1.0),
+}
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama", "gemma3_text", "granite", "qwen3_moe"])
+@pytest.mark.parametrize("name", list(SAID))
+def test_coverage_promises_what_the_export_does(tiny_folder: Folder, tmp_path: Path, family: str, name: str) -> None:
+    base, steering = tiny_folder(family), Steering((SAID[name],))
+    promised = coverage(steering, base, form="lora")
+    if promised.ok:
+        made = export_lora(steering, base, tmp_path / "a")
+        assert f"rank {max(row.rank for row in made.rows)}" in promised.rows[0].note
+    else:
+        refused(lambda: export_lora(steering, base, tmp_path / "a"), "")
+        refused(promised.require, "")
