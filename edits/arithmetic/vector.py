@@ -149,7 +149,7 @@ class ReasoningVector:
     def raw(self, matrix: Matrix, rows: slice, columns: slice) -> Float[Tensor, "rows columns"]:
         """Return a piece of the sum of the terms, before any strength."""
         total = torch.zeros(0)
-        for index, (number, each) in enumerate(term for term in self.terms if _gives(term[1], matrix)):
+        for index, (number, each) in enumerate(term for term in self.terms if matrix in term[1].shapes):
             found = each.read(matrix, rows, columns)
             if index == 0:
                 total = found if number == 1 else found.mul_(number)
@@ -164,7 +164,7 @@ class ReasoningVector:
 
     def digest(self, matrix: Matrix) -> str:
         """Return the hash of the terms that give something to a tensor, and of its strength."""
-        terms = [f"{number!r} {each.digest(matrix)}" for number, each in self.terms if _gives(each, matrix)]
+        terms = [f"{number!r} {each.digest(matrix)}" for number, each in self.terms if matrix in each.shapes]
         return digest([text.encode() for text in [*terms, repr(self.weight(matrix))]])
 
     @property
@@ -363,10 +363,6 @@ class ReasoningVector:
         import html
 
         return f"<div>{html.escape(str(self))}</div>"
-
-
-def _gives(term: Donor, matrix: Matrix) -> bool:
-    return matrix in term.shapes
 
 
 def _check_shape(matrix: Matrix, found: Sequence[int], expected: Sequence[int], label: str, other: str) -> None:

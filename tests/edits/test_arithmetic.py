@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
@@ -80,6 +80,7 @@ def test_it_holds_no_numbers(vector):
     assert isinstance(source, Source) and isinstance(source, Difference)
 
 
+@settings(max_examples=40)
 @given(st.data())
 def test_any_piece_of_any_tensor_is_that_piece(folders, vector, data):
     name = data.draw(st.sampled_from(sorted(tensors(folders["plus"]))))

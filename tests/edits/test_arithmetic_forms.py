@@ -166,7 +166,9 @@ class TestVerb:
     def test_it_writes_a_patch(self, folders, vector, tmp_path, capsys):
         out = tmp_path / "v.safetensors"
         arguments = ["patch", "difference", str(folders["plus"]), str(folders["minus"]), "--out", str(out), "--json"]
-        assert run([*arguments, "--base", str(folders["base"]), "--layers", "0-1,3", "--modules", "self_attn.*"]) == 0
+        arguments += ["--base", str(folders["base"]), "--plot", str(tmp_path / "v.png")]
+        assert run([*arguments, "--layers", "0-1,3", "--modules", "self_attn.*"]) == 0
+        assert (tmp_path / "v.png").read_bytes().startswith(b"\x89PNG")
         told = json.loads(capsys.readouterr().out)
         chosen = vector.masked("0-1,3", "self_attn.*")
         assert told["norm"] == pytest.approx(chosen.norm()) and told["differing"] == len(chosen.differing)

@@ -11,8 +11,9 @@ from edits.arithmetic import ReasoningVector, reasoning_vector
 from steer.artifacts import read_block
 from steer.cli.options import Json, Out, Quiet, Seed
 from steer.cli.output import Output
+from steer.cli.probe.source import Picture, refuse_existing
 from steer.errors import SteerError
-from steer.files import refuse_existing
+from steer.files import replacing
 
 _NAMED = "A hub id, a folder, organism:NAME, the folder of a LoRA adapter, or MODEL+ADAPTER[@STRENGTH]."
 
@@ -46,12 +47,13 @@ def command(
         list[str] | None,
         typer.Option("--force", metavar="CHECK", help="Pass over a check that stops; may be repeated."),
     ] = None,
+    plot: Picture = None,
     seed: Seed = 0,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Write PLUS minus MINUS as a patch in float32 (a reasoning vector); changes no model."""
-    refuse_existing(out, overwrite=False)
+    refuse_existing(out, plot)
     output = Output(json, quiet)
     vector = reasoning_vector(plus, minus)
     if layers is not None or modules:
@@ -69,6 +71,9 @@ def command(
     chosen = vector if random is None else vector.random_like(random)
     chosen.save(out, alpha, base=base, force=force or ())
     sums = vector.by_layer()
+    if plot is not None:
+        with replacing(plot) as partial:
+            sums.plot().savefig(partial, format=plot.suffix[1:] or "png")
     told = out, chosen.label, f"norm {abs(alpha) * sums.norm:.6g}", vector.coverage
     output.text(
         f"{told[0]}: {told[1]}, {told[2]}; {told[3]}\nApply it with `steer apply {base or 'MODEL'} {out} --out FOLDER`"
