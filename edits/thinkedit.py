@@ -27,8 +27,9 @@ from steer.artifacts import GIVEN
 from steer.directions import Direction
 from steer.errors import SteerError
 from steer.identity import check_same
-from steer.operations import ProjectColumns
+from steer.operations import Matrix, ProjectColumns
 from steer.patches import Patch
+from steer.writers import check_heads
 
 if TYPE_CHECKING:
     from steer.model import SteerableModel
@@ -118,6 +119,8 @@ def _check(direction: Direction, pairs: list[tuple[int, int]], model: SteerableM
             f"layers 0 to {anatomy.layers - 1}, heads 0 to {anatomy.heads - 1}",
             "Check that the head scores belong to this model",
         )
+    for layer, head in pairs:
+        check_heads(anatomy, Matrix(layer, "attention_output"), (head,))
     if direction.width != (anatomy.hidden,):
         raise SteerError(
             f"the direction has {direction.width[0]} numbers", f"{anatomy.hidden}, the model's hidden size"

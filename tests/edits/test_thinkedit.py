@@ -101,6 +101,26 @@ def test_hook_memory_and_disk_do_what_the_paper_does_to_activations(
         )
 
 
+MORE = ("deepseek_v3", "gpt_oss", "glm4", "olmo3", "gemma4_text", "qwen3_next", "mixtral", "granitemoe")
+
+
+@pytest.mark.parametrize("family", MORE)
+def test_heads_of_wide_values_biases_norms_and_experts_are_edited_alike(family: str) -> None:
+    """DeepSeek's values have a width of their own, the bias of gpt_oss stays, Qwen3-Next has heads in some layers."""
+    model = steer.wrap(*tiny.build(family), self_check=False)
+    heads = ((1, 3), (3, 0), (3, 2))
+    patch, plain = thinkedit(direction(), heads, 0.7, model=model), model.run(IDS)
+    with ByHand(model.hf, heads, {layer: direction()[layer] for layer in range(LAYERS)}, 0.7):
+        expected = model.run(IDS)
+    assert max(float((a - b).abs().max()) for a, b in zip(plain, expected, strict=True)) > 1e-3
+    biases = {name: tensor.clone() for name, tensor in model.hf.state_dict().items() if "bias" in name}
+    with patch.on(model):
+        assert all(torch.equal(model.hf.state_dict()[name], tensor) for name, tensor in biases.items())
+    for form in (patch, patch.steering()):
+        found = model.with_(form).run(IDS)
+        assert max(float((a - b).abs().max()) for a, b in zip(found, expected, strict=True)) <= 1e-4
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "granite", "olmo2", "qwen3_moe"])
 def test_overlapping_patches_compose_as_their_hooks_do(tiny_folder: Folder, tmp_path: Path, family: str) -> None:
     """Heads that both patches name see the second direction taken out of what the first one left."""
@@ -217,6 +237,14 @@ def test_a_model_is_checked_against_when_it_is_there() -> None:
         thinkedit(direction(model=other), CHOSEN, model=model)
     with pytest.raises(SteerError, match="hidden"):
         thinkedit(Direction(torch.ones(4, 47), (0, 1, 2, 3), "resid_mid"), CHOSEN, model=model)
+
+
+def test_heads_of_linear_attention_are_refused() -> None:
+    model = steer.wrap(*tiny.build("qwen3_next"), self_check=False)
+    assert 0 in model.anatomy.linear_layers
+    with pytest.raises(SteerError, match="linear attention"):
+        thinkedit(direction(), [(0, 1)], model=model)
+    assert thinkedit(direction(), [(1, 1)], model=model).matrices.keys() == {matrix(1)}
 
 
 def test_directions_that_cannot_serve_are_refused() -> None:
