@@ -181,9 +181,9 @@ class Taps:
         self.anatomy.check_layers([layer], site)
         having = self.anatomy.site_layers(site)
         if layer not in having:
-            why, other = ("experts", "mlp_out") if site == "mlp_raw" else ("linear attention", "attn_raw")
+            other = "mlp_out" if site == "mlp_raw" else "attn_raw"
             raise SteerError(
-                f"layer {layer} of this {self.anatomy.family} model has {why}, so it has no {site}",
+                f"layer {layer} of this {self.anatomy.family} model {self.anatomy.lacks(site, layer)}, so it has no {site}",
                 f"one of the layers {list(having)}",
                 f"Use {other}, which every layer has",
             )
@@ -237,7 +237,7 @@ class Taps:
         )
         if site == "head_out":
             projection = self.places.layers[layer].attention_output
-            heads = HeadProgram(layer, writes, projection, self.anatomy.head_width) if writes else None
+            heads = HeadProgram(layer, writes, projection, self.anatomy.head_width_of(layer)) if writes else None
             return _Point(None, heads, readers)
         return _Point(Program(layer, writes) if writes else None, None, readers)
 
@@ -335,6 +335,12 @@ class Taps:
         split = (self.anatomy.heads, self.anatomy.head_width)
 
         def per_head(value: Tensor) -> Tensor:
+            if value.shape[-1] != split[0] * split[1]:
+                raise SteerError(
+                    f"the attention output projection takes {value.shape[-1]} numbers a token",
+                    f"{split[0]} heads x {split[1]} by the anatomy record {self.anatomy.family!r}",
+                    "Correct `attention_output` in a copy of the record and give it with anatomy=FILE",
+                )
             return through(value.reshape(*value.shape[:-1], *split)).flatten(-2)
 
         return per_head

@@ -47,7 +47,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "olmo3": {"sliding_window": 32, "layer_types": _ALTERNATING},
     "glm4": {"head_dim": 16, "attention_bias": True},
     "gemma4_text": {
-        "head_dim": 16, "global_head_dim": 16, "sliding_window": 32, "layer_types": _ALTERNATING, "num_kv_shared_layers": 0,
+        "head_dim": 16, "global_head_dim": 24, "sliding_window": 32, "layer_types": _ALTERNATING, "num_kv_shared_layers": 0,
         "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": len(WORDS),
     },
     "qwen3_5_text": {"head_dim": 16, **_LINEAR},

@@ -20,6 +20,7 @@ from steer.errors import SteerError
 
 Shapes = Mapping[str, tuple[int, ...]]
 PER_LAYER = ("attention_output", "mlp_output")
+TEXT = "text_config"
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Anatomy:
         experts: how many each of them has; 0 where there are none.
         expert_width: rows of one expert's gate.
         stored: names of the tensors that it was found by, as the record spells them -> as they are stored.
+        nested: where in config.json the numbers stand: empty, or `text_config.` in one that describes more than the text model.
     """
 
     record: Record
@@ -74,6 +76,7 @@ class Anatomy:
     experts: int = 0
     expert_width: int = 0
     stored: Mapping[str, str] = field(default_factory=dict, repr=False)
+    nested: str = ""
 
     @property
     def family(self) -> str:
@@ -86,11 +89,29 @@ class Anatomy:
         return {name: getattr(self, name) for name in names}
 
     def site_layers(self, site: str) -> tuple[int, ...]:
-        """Return the layers that have a site: `mlp_raw` where there is a dense MLP, `z` and `head_out` where there are heads."""
+        """Return the layers that have a site.
+
+        `mlp_raw` is where there is a dense MLP, `head_out` where there are heads, and `z` where they are as wide as in
+        the first such layer: directions and means at `z` have one width (Gemma 4 has another in its full-attention layers).
+        """
         if site == "mlp_raw":
             return self.dense_mlp_layers
-        without = self.linear_layers if site in ("z", "head_out") else ()
-        return tuple(layer for layer in range(self.layers) if layer not in without)
+        found = tuple(layer for layer in range(self.layers) if layer not in self.linear_layers)
+        if site == "z":
+            return tuple(layer for layer in found if self.head_width_of(layer) == self.head_width)
+        return found if site == "head_out" else tuple(range(self.layers))
+
+    def lacks(self, site: str, layer: int) -> str:
+        """Say why a layer does not have a site that others have."""
+        if site == "mlp_raw":
+            return "has experts"
+        if layer in self.linear_layers:
+            return "has linear attention"
+        return f"has heads of width {self.head_width_of(layer)}, not {self.head_width}"
+
+    def head_width_of(self, layer: int) -> int:
+        """Columns per head of one layer's attention output projection."""
+        return self.shapes["attention_output", layer][1] // self.heads
 
     def on_disk(self, matrix: Matrix) -> Slot:
         """Return where a matrix is in the checkpoint that this anatomy was read from, by its headers.
@@ -197,7 +218,8 @@ class Anatomy:
 
     def output_bias(self, module: str) -> OutputBias | None:
         """Return what makes the family load an output bias where the checkpoint has none; None where nothing does."""
-        return self.record.output_bias.get(module)  # type: ignore[call-overload, no-any-return]
+        found: OutputBias | None = self.record.output_bias.get(module)  # type: ignore[call-overload]
+        return found if found is None else found.model_copy(update={"key": self.nested + found.key})
 
     def shape(self, module: str, layer: int = -1) -> tuple[int, ...]:
         """Return the shape (out, in) of a weight.
@@ -243,6 +265,7 @@ def resolve(config: Mapping[str, Any], shapes: Shapes, record: Record | None = N
             names is missing; the message shows one layer's tensors.
     """
     record = _record(config, shapes, record)
+    config, nested = _text_config(config)
     stored = naming.canonical(record, shapes)
     shapes = {name: tuple(shapes[actual]) for name, actual in stored.items()}
     layers, hidden, heads = (_number(record, config, name) for name in ("layers", "hidden", "heads"))
@@ -278,7 +301,16 @@ def resolve(config: Mapping[str, Any], shapes: Shapes, record: Record | None = N
         experts=experts,
         expert_width=width,
         stored=stored,
+        nested=nested,
     )
+
+
+def _text_config(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
+    """The part of a configuration that describes the text model, as transformers takes it, and where it stands."""
+    text = config.get(TEXT)
+    if not isinstance(text, Mapping):
+        return config, ""
+    return {"quantization_config": config.get("quantization_config"), **text}, f"{TEXT}."
 
 
 def _linear_layers(record: Record, shapes: Shapes, layers: int) -> tuple[int, ...]:
@@ -340,7 +372,7 @@ def _pattern(record: Record, module: str, layer: int, linear: bool) -> str:
 
 def _record(config: Mapping[str, Any], shapes: Shapes, record: Record | None) -> Record:
     model_type = str(config.get("model_type", ""))
-    found = record or bundled(model_type)
+    found = record or bundled(model_type) or _of_text_model(config, model_type)
     if found is None:
         raise SteerError(
             f"there is no anatomy record for the family {model_type!r}; its tensors are: {layer_tree(shapes)}",
@@ -355,6 +387,13 @@ def _record(config: Mapping[str, Any], shapes: Shapes, record: Record | None) ->
             "Add the type to model_types",
         )
     return found
+
+
+def _of_text_model(config: Mapping[str, Any], model_type: str) -> Record | None:
+    """The record of the text model inside a larger one, where transformers loads that alone (Qwen 3.5, not Gemma 3)."""
+    text = config.get(TEXT)
+    found = bundled(str(text.get("model_type", ""))) if isinstance(text, Mapping) else None
+    return found if found is not None and model_type in found.model_types else None
 
 
 def _missing(record: Record, config: Mapping[str, Any], shapes: Shapes, name: str) -> SteerError:

@@ -68,6 +68,10 @@ class _Checker:
                 "finite activations",
                 "The weights are damaged, or overflow in this dtype: download them again, or load with dtype=torch.float32",
             )
+        anatomy = self.model.anatomy
+        width = (anatomy.heads, anatomy.head_width) if site == "z" else (anatomy.hidden,)
+        if value.shape[2:] != width:
+            raise self._refusal(f"{site} has vectors of shape {tuple(value.shape[2:])} in layer {layer}, not {width}")
         self.seen[site] = value
         if site == "resid_post":
             for name, left, right in self._identities(layer):

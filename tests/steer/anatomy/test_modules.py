@@ -12,7 +12,16 @@ from steer import SteerError
 from steer.anatomy.modules import module_tree, places, plain_weight
 from tests.tiny import FAMILIES
 
-BEHIND = {"gemma2", "gemma3_text", "olmo2"}
+GEMMA = ("post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
+PARTS = {  # What is added after attention, what reads `resid_mid`, what is added after the MLP.
+    "gemma2": GEMMA,
+    "gemma3_text": GEMMA,
+    "gemma4_text": GEMMA,
+    "olmo2": ("post_attention_layernorm", "mlp", "post_feedforward_layernorm"),
+    "olmo3": ("post_attention_layernorm", "mlp", "post_feedforward_layernorm"),
+    "glm4": ("post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm"),
+    "granitemoe": ("self_attn", "post_attention_layernorm", "block_sparse_moe"),
+}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -25,12 +34,14 @@ def test_places_are_the_modules_of_the_family(tiny, family):
         hf.get_output_embeddings(),
     )
     for place, layer in zip(found.layers, hf.model.layers, strict=True):
-        assert place.layer is layer and place.attention_output is layer.self_attn.o_proj
-        assert place.attention_added is (layer.post_attention_layernorm if family in BEHIND else layer.self_attn)
-        assert place.mlp_added is (layer.post_feedforward_layernorm if family in BEHIND else layer.mlp)
-        assert place.mlp_output is getattr(layer.mlp, "down_proj", None)
-    before = {"olmo2": "mlp", "gemma2": "pre_feedforward_layernorm", "gemma3_text": "pre_feedforward_layernorm"}
-    assert found.layers[0].before_mlp is getattr(hf.model.layers[0], before.get(family, "post_attention_layernorm"))
+        linear = hasattr(layer, "linear_attn")
+        attention = "linear_attn" if linear else "self_attn"
+        added, before, after = PARTS.get(family, (attention, "post_attention_layernorm", "mlp"))
+        assert place.layer is layer
+        assert place.attention_output is (layer.linear_attn.out_proj if linear else layer.self_attn.o_proj)
+        assert place.attention_added is getattr(layer, added) and place.mlp_added is getattr(layer, after)
+        assert place.before_mlp is getattr(layer, before)
+        assert place.mlp_output is getattr(getattr(layer, "mlp", None), "down_proj", None)
 
 
 def test_another_number_of_layers_is_refused(tiny):

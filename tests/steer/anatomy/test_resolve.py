@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import steer
 from steer import SteerError
@@ -32,8 +35,11 @@ def test_headers_and_memory_give_one_anatomy(tiny, tiny_folder, family):
     )
     config = hf.config
     assert on_disk.tied == config.tie_word_embeddings == ("lm_head.weight" not in headers.tensors)
-    attention = hf.model.layers[0].self_attn
-    assert on_disk.head_width == attention.head_dim and on_disk.heads == config.num_attention_heads
+    attention = next(layer.self_attn for layer in hf.model.layers if hasattr(layer, "self_attn"))
+    assert (
+        on_disk.head_width == getattr(attention, "v_head_dim", getattr(attention, "head_dim", None))
+        and on_disk.heads == config.num_attention_heads
+    )
     assert on_disk.kv_heads == config.num_key_value_heads and on_disk.vocab == config.vocab_size
 
 
@@ -148,8 +154,8 @@ def test_a_users_record_makes_an_unknown_family_known(tmp_path, tiny_folder):
     [
         ("num_hidden_layers", 5, r"no tensor model\.layers\.4\.self_attn\.o_proj\.weight"),
         ("num_hidden_layers", None, "num_hidden_layers = None"),
-        ("num_attention_heads", 5, "one shape"),
-        ("hidden_size", 64, "one shape"),
+        ("num_attention_heads", 5, "5 heads x head width"),
+        ("hidden_size", 64, r"\(64, 4 heads"),
         ("num_attention_heads", "4", "whole number"),
     ],
 )
@@ -180,3 +186,35 @@ def test_shapes_of_a_packed_projection_come_from_the_module(tiny):
     projection = hf.model.layers[0].self_attn.o_proj
     projection.weight = torch.nn.Parameter(torch.zeros(1152, 1, dtype=torch.uint8), requires_grad=False)
     assert shapes_of(hf)["model.layers.0.self_attn.o_proj.weight"] == (48, 48)
+
+
+def test_a_larger_models_text_part_is_read_as_transformers_reads_it(tiny, tmp_path):
+    hf, tokenizer = tiny("qwen3_5_text")
+    text = {**hf.config.to_dict(), "tie_word_embeddings": False, "attention_bias": False}
+    whole = {"model_type": "qwen3_5", "tie_word_embeddings": True, "text_config": text, "dtype": "float32"}
+    (tmp_path / "config.json").write_text(json.dumps(whole))
+    stored = {name.replace("model.", "model.language_model.", 1): tensor for name, tensor in hf.state_dict().items()}
+    save_file(
+        {**stored, "model.visual.patch.weight": torch.zeros(2, 2)}, tmp_path / "model.safetensors", {"format": "pt"}
+    )
+    tokenizer.save_pretrained(tmp_path)
+    _, anatomy = of_folder(tmp_path)
+    plain = steer.wrap(hf, tokenizer).anatomy
+    assert anatomy.numbers() == plain.numbers() and not anatomy.tied and anatomy.linear_layers == (0, 2)
+    assert anatomy.output_bias("attention_output").key == "text_config.attention_bias"
+    assert plain.output_bias("attention_output").key == "attention_bias"
+    loaded = steer.load(str(tmp_path))
+    assert type(loaded.hf) is type(hf) and loaded.anatomy.numbers() == plain.numbers()
+    assert all(torch.equal(loaded.hf.state_dict()[name], tensor) for name, tensor in hf.state_dict().items())
+    headers = read_headers(tmp_path)
+    with pytest.raises(SteerError, match="no anatomy record for the family 'gemma3'"):
+        resolve({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}}, headers.shapes)
+
+
+def test_heads_of_two_widths(tiny, tiny_folder):
+    _, anatomy = of_folder(tiny_folder("gemma4_text"))
+    assert anatomy.head_width == 16 and [anatomy.head_width_of(layer) for layer in range(4)] == [16, 24, 16, 24]
+    assert anatomy.site_layers("z") == (0, 2) and anatomy.site_layers("head_out") == (0, 1, 2, 3)
+    model = steer.wrap(*tiny("gemma4_text"))
+    with pytest.raises(SteerError, match=r"Layer 1 .* has heads of width 24, not 16, so it has no z"):
+        model.taps.layers_of("z", (1,))
