@@ -6,6 +6,8 @@ import io
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -356,3 +358,39 @@ def test_the_verb_prints_draws_and_exits(
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
     assert run(["diff", first, second, "--plot", str(tmp_path / "picture.png")]) == 2
     assert run(["diff", first, str(tmp_path / "nothing")]) == 2
+
+
+def test_memory_does_not_grow_with_the_checkpoint(tmp_path: Path) -> None:
+    """RssAnon of a fresh process over two checkpoints of 100 MB: a few blocks and the sketch, not even one of the sides."""
+    for seed, side in enumerate(("a", "b")):
+        (tmp_path / side).mkdir()
+        (tmp_path / side / "config.json").write_text("{}")
+        generator = torch.Generator().manual_seed(seed)
+        numbers = torch.randn(4096, 1024, generator=generator).bfloat16()
+        save_file({f"model.layers.{n}.w": numbers + n for n in range(12)}, tmp_path / side / "model.safetensors")
+    program = """
+import sys, threading, time
+import torch
+import edits
+diff = edits.diff
+def anonymous():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) / 1024
+before, peak, running = anonymous(), 0, True
+def watch():
+    global peak
+    while running:
+        peak = max(peak, anonymous())
+        time.sleep(0.002)
+thread = threading.Thread(target=watch)
+thread.start()
+found = diff(sys.argv[1], sys.argv[2], rank=8)
+running = False
+thread.join()
+print(found.count, max(peak, anonymous()) - before)
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "a"), str(tmp_path / "b")],
+        capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    count, grown = ran.stdout.split()
+    assert int(count) == 12 and float(grown) < 80, f"{grown} MB"

@@ -17,11 +17,12 @@ import edits
 import steer
 from edits import verify as verify_function
 from edits.checkpoint import OnDisk
+from edits.verify import QUESTIONS
 from steer.anatomy.headers import read_headers
 from steer.directions import Direction
 from steer.errors import SteerError
 from steer.interventions import Add
-from steer.operations import AddDense
+from steer.operations import AddDense, ProjectColumns
 from steer.patches import Patch
 from steer.steering import Steering
 from tests import tiny
@@ -51,7 +52,7 @@ def flipped(folder: Path, target: Path, name: str, place: int = 3) -> Path:
 def test_equal_subjects_agree_in_every_spelling(pair: tuple[steer.SteerableModel, Path]) -> None:
     model, done = pair
     for first in (model.with_(patch()), model.with_(patch().steering()), OnDisk(model.path, ((patch(), 1.0),)), done):  # type: ignore[arg-type]
-        for second in (done, str(done)):
+        for second in (done, str(done)) if first is done else (done,):
             found = edits.verify(first, second, [])
             assert found.passed and found.bytes_equal is True and found.differing == ()
             assert found.floor is not None and found.tolerance == 3 * found.floor and found.cast is None
@@ -281,6 +282,30 @@ def test_dense_differences_agree_in_memory_and_against_a_copy_made_by_hand(
     assert found.greedy.same == found.greedy.replies and found.bytes_equal is True
     wrong = edits.verify(model.with_(change, coefficient=0.6), done)
     assert not wrong.passed and wrong.differing == (name,)
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "mixtral", "granitemoe", "deepseek_v3", "qwen3_next", "gemma4_text"])
+def test_families_with_experts_linear_layers_and_scales_agree(tiny_folder: Folder, tmp_path: Path, family: str) -> None:
+    """A direction out of an attention output and, where there are experts, out of one of them: memory against disk."""
+    model = steer.load(tiny_folder(family, dtype=torch.bfloat16), self_check=False)
+    chosen = [model.anatomy.matrices(word)[-1:] for word in ("attention_output", "expert_down")]
+    vector = torch.randn(48, generator=torch.Generator().manual_seed(2))
+    operations = [ProjectColumns(m.layer, m.module, None, vector, expert=m.expert) for found in chosen for m in found]
+    change = Patch(tuple(operations))
+    done = change.plan(model.path).apply(tmp_path / "out")  # type: ignore[arg-type]
+    found = edits.verify(model.with_(change), done, QUESTIONS[:1], tokens=6)
+    assert found.passed and found.bytes_equal and found.max_abs_logit_difference == 0
+    assert found.greedy is not None and found.greedy.same == 1 and len(found.phases) == 4
+    assert edits.prove(done).passed
+    assert not edits.verify(model, done, []).passed
+
+
+def test_a_reply_without_a_cache_is_the_same_reply(pair: tuple[steer.SteerableModel, Path]) -> None:
+    from edits.verify import _written, _written_anew
+
+    model, words = pair[0], ["hello why", "so wait", "1 + 2"]
+    rendered = [model.render([{"role": "user", "content": text}]) for text in words]
+    assert _written_anew(model, rendered, 9) == _written(model, words, 9)
 
 
 def test_subjects_are_texts_too(pair: tuple[steer.SteerableModel, Path], tmp_path: Path) -> None:
