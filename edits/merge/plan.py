@@ -199,8 +199,6 @@ def _found(recipe: Recipe, folders: Mapping[str, Headers], notes: list[str]) -> 
     layout, layers = folders[recipe.layout], _layers(folders[recipe.layout].config)
     sizes = {name: vocabulary.size_of(headers.config) for name, headers in folders.items()}
     wanted = DTYPES.get(recipe.out_dtype or recipe.dtype or "")
-    for name, headers in folders.items():
-        _check_extra(recipe.layout, layout, name, headers, notes)
     found = []
     for tensor, entry in layout.tensors.items():
         entries = {name: _entry(tensor, name, headers, recipe.layout) for name, headers in folders.items()}
@@ -220,6 +218,8 @@ def _found(recipe: Recipe, folders: Mapping[str, Headers], notes: list[str]) -> 
         )
         places = {name: (folders[name].folder, each) for name, each in entries.items()}
         found.append(Found(tensor, places, shape, wanted or promoted(list(words.values())), position(tensor, layers)))
+    for name, headers in folders.items():
+        _check_extra(recipe.layout, layout, name, headers, notes)
     return found
 
 

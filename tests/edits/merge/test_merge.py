@@ -342,7 +342,7 @@ def test_the_cli_merges_and_plans(models: Models, tmp_path: Path, capsys: pytest
     from steer.cli import main
 
     path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe("linear", models)).replace(str(models["one"]), "tuned"))
+    path.write_text(json.dumps(recipe("linear", models)).replace(str(models["one"]), "tuned"))
     names = ["--model", f"tuned={models['one']}"]
 
     def run(*arguments: str) -> Any:
