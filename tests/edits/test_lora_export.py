@@ -17,7 +17,7 @@ from steer import adapters
 from steer.coverage import coverage
 from steer.directions import Direction
 from steer.identity import ModelIdentity
-from steer.interventions import Add, ProjectOut, SetComponent
+from steer.interventions import Add, Intervention, ProjectOut, SetComponent
 from steer.operations import (
     AddBias,
     AddDense,
@@ -279,7 +279,7 @@ def test_a_steering_without_factors_is_refused(tiny_folder: Folder, tmp_path: Pa
         refused(partial(export_lora, Steering((each,)), base, tmp_path / "a"), "")
 
 
-SAID = {
+SAID: dict[str, Intervention] = {
     "heads": ProjectOut(Direction(random(2, 48), (1, 2), "resid_mid"), "head_out", heads=((1, 0), (1, 3), (2, 2))),
     "attention": ProjectOut(Direction(random(2, 48), (1, 2), "resid_mid"), "attn_out"),
     "mlp": ProjectOut(Direction(random(1, 48), (2,), "resid_mid"), "mlp_raw"),

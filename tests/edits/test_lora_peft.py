@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 import steer
 from edits.lora import export_lora, extract_lora
 from edits.lora.disk import checkpoint
+from steer import adapters
 from steer.operations import AddLowRank, Matrix, ProjectColumns
 from steer.patches import Patch
 from steer.subjects import open_subject
@@ -183,6 +184,23 @@ def test_dense_layers_of_a_model_with_experts_are_not_taken_for_experts(tiny_fol
     )
     export_lora(edit, base, tmp_path / "a")
     assert far(logits(under_peft(base, tmp_path / "a")), ours(base, edit)) < 1e-6
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "qwen2_moe", "qwen3_next", "qwen3_5_text", "glm4", "gemma4_text"])
+def test_shared_experts_linear_attention_and_prefixes(tiny_folder: Folder, tmp_path: Path, family: str) -> None:
+    base = tiny_folder(family)
+    anatomy = checkpoint(base).anatomy
+    words = ("attention_output", "mlp_output", "shared_expert_output")
+    chosen = [matrix for word in words for matrix in anatomy.matrices(word)]
+    operations = [
+        ProjectColumns(matrix.layer, matrix.module, None, random(48, seed=index)) for index, matrix in enumerate(chosen)
+    ]
+    made = export_lora(Patch(tuple(operations)), base, tmp_path / "a")
+    assert len(made.rows) == len(chosen) >= 4
+    wanted, model = ours(base, Patch(tuple(operations))), under_peft(base, tmp_path / "a")
+    assert far(logits(model), wanted) < 3e-6
+    assert far(logits(loaded(base)), wanted) > 1e-2
+    assert far(ours(base, adapters.read(tmp_path / "a", anatomy)), wanted) < 3e-6
 
 
 # Adapters that PEFT made.
