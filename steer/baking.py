@@ -18,15 +18,19 @@ projection at `attn_out` also takes out of the bias what an addition at `attn_ra
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from steer import form_table
 from steer.anatomy.resolve import Anatomy
 from steer.anatomy.slots import Matrix
+from steer.directions import Direction
 from steer.errors import SteerError
+from steer.identity import ModelIdentity
 from steer.interventions import Add, Intervention, ProjectOut
 from steer.operations import AddBias, Operation, ProjectColumns
 from steer.sites import site
@@ -132,3 +136,36 @@ def _projected(project: ProjectOut, anatomy: Anatomy, made: Sequence[Operation])
             bias = Matrix(target.layer, target.module, target.expert, bias=True)
             if bias in grown or has_bias(anatomy, target):
                 yield ProjectColumns(*named, bias=True)
+
+
+def hook_form(
+    matrices: Mapping[Matrix, Sequence[Operation]], model: ModelIdentity | None, measured_at: str
+) -> Steering:
+    """Return the steering that projections of heads came from; see `steer.patches.Patch.steering`.
+
+    Args:
+        matrices: the operations of every matrix, in order.
+        model: that they were made for.
+        measured_at: the site of their vectors.
+
+    Raises:
+        SteerError: an operation is no projection of heads.
+    """
+    groups: dict[tuple[int, float], list[ProjectColumns]] = {}
+    for matrix, operations in matrices.items():
+        for turn, operation in enumerate(operations):
+            if not (isinstance(operation, ProjectColumns) and operation.heads):
+                raise SteerError(
+                    f"the operation on {matrix} is a {type(operation).__name__}",
+                    "ProjectColumns of heads",
+                    "Use the patch itself, `patch.on(model)`",
+                )
+            groups.setdefault((turn, operation.weight), []).append(operation)
+    return Steering(tuple(_project_out(groups[key], model, measured_at) for key in sorted(groups)), model)
+
+
+def _project_out(operations: Sequence[ProjectColumns], model: ModelIdentity | None, measured_at: str) -> ProjectOut:
+    vectors = torch.stack([operation.vector for operation in operations])
+    direction = Direction(vectors, tuple(operation.layer for operation in operations), measured_at, model)
+    heads = tuple((operation.layer, head) for operation in operations for head in operation.heads or ())
+    return ProjectOut(direction, "head_out", operations[0].weight, heads=heads)

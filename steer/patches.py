@@ -16,11 +16,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-
 from steer import artifacts, baking
 from steer.anatomy.resolve import Anatomy
-from steer.directions import Direction
 from steer.errors import SteerError
 from steer.identity import ModelIdentity, canonical, check_same, known_keys, mix
 from steer.in_memory import patched
@@ -189,26 +186,7 @@ class Patch:
 
         Both forms get their arithmetic from `steer.operations`, so overlapping operations compose alike.
         """
-        groups: dict[tuple[int, float], list[ProjectColumns]] = {}
-        for matrix, operations in self.matrices.items():
-            for turn, operation in enumerate(operations):
-                if not (isinstance(operation, ProjectColumns) and operation.heads):
-                    raise SteerError(
-                        f"the operation on {matrix} is a {type(operation).__name__}",
-                        "ProjectColumns of heads",
-                        "Use the patch itself, `patch.on(model)`",
-                    )
-                groups.setdefault((turn, operation.weight), []).append(operation)
-        return Steering(tuple(self._project_out(groups[key]) for key in sorted(groups)), self.model)
-
-    def _project_out(self, operations: list[ProjectColumns]) -> ProjectOut:
-        vectors, layers = (
-            torch.stack([operation.vector for operation in operations]),
-            tuple(operation.layer for operation in operations),
-        )
-        direction = Direction(vectors, layers, str(self.provenance.get("site") or "resid_mid"), self.model)
-        heads = tuple((operation.layer, head) for operation in operations for head in operation.heads or ())
-        return ProjectOut(direction, "head_out", operations[0].weight, heads=heads)
+        return baking.hook_form(self.matrices, self.model, str(self.provenance.get("site") or "resid_mid"))
 
     @classmethod
     def from_steering(

@@ -9,16 +9,20 @@ and a fixed tree of additions, all rounded as IEEE 754 says; hence its bytes dep
 alone, not on the bounds of the pieces, the alignment of the memory, the number of threads, the BLAS or the device.
 The result is cast to the weight's dtype once, at the end.
 
-One file each: `operation` (what an operation is), `project`, `elementwise` (the operations), `edit` (pieces, survival),
-`factors` (A and B), `stored` (from JSON and back).
+`operation` says what an operation is; each has its own file; `edit` carries them out, `factors` says them as A and B,
+`stored` as a file holds them.
 """
 
 from steer.anatomy.slots import Matrix
+from steer.operations.add_bias import AddBias
+from steer.operations.add_dense import AddDense
+from steer.operations.add_low_rank import AddLowRank
 from steer.operations.edit import Block, Survival, edit_, edited, edited_blocks
-from steer.operations.elementwise import AddBias, AddDense, AddLowRank, Scale, SetSlice
 from steer.operations.factors import low_rank
 from steer.operations.operation import DTYPES, Operation, Region, Source, reduces, region, tensor_hash
 from steer.operations.project import ProjectColumns
+from steer.operations.scale import Scale
+from steer.operations.set_slice import SetSlice
 
 __all__ = [
     "DTYPES", "AddBias", "AddDense", "AddLowRank", "Block", "Matrix", "Operation", "ProjectColumns", "Region", "Scale",

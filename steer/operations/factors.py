@@ -10,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from steer.errors import SteerError
+from steer.operations.add_low_rank import AddLowRank
 from steer.operations.edit import BLOCK, WIDTH, wide
-from steer.operations.elementwise import AddLowRank
 from steer.operations.operation import Operation
 from steer.operations.project import ProjectColumns
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from steer.anatomy.slots import Matrix
 from steer.errors import SteerError
 
+Piece = Float[Tensor, "rows width"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 

@@ -12,9 +12,13 @@ from torch import Tensor
 from steer.anatomy.slots import Matrix
 from steer.errors import SteerError
 from steer.identity import known_keys
-from steer.operations.elementwise import AddBias, AddDense, AddLowRank, Scale, SetSlice
+from steer.operations.add_bias import AddBias
+from steer.operations.add_dense import AddDense
+from steer.operations.add_low_rank import AddLowRank
 from steer.operations.operation import Operation
 from steer.operations.project import ProjectColumns
+from steer.operations.scale import Scale
+from steer.operations.set_slice import SetSlice
 
 Json = Mapping[str, Any]
 
