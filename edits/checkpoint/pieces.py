@@ -59,11 +59,12 @@ class Editing:
         source = None if tensor.entry is None else os.open(self._folder / tensor.entry.file, os.O_RDONLY)
         try:
             for span in spans(tensor):
-                raw = self._read(source, span)
-                self._before.update(raw.data)
-                data = self._edited(raw, span)
+                data = self._read(source, span)
+                self._before.update(data.data)
+                data = self._edited(data, span)
                 self._after.update(data.data)
                 yield data
+                del data  # Before the next one is read: a projection's piece is a whole matrix.
         finally:
             if source is not None:
                 os.close(source)

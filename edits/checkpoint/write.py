@@ -292,6 +292,7 @@ def write_parts(target: int, parts: Sequence[Part], progress: Progress, hashed: 
                     digest.update(seen(piece))
                 position += len(piece)
                 progress(len(piece))
+                del piece  # A piece may be as large as a matrix, and the next is made now.
             if isinstance(part, OutTensor):
                 if position - begin != part.size:
                     raise SteerError(f"{part.name} was made with {position - begin} bytes", f"{part.size} bytes")

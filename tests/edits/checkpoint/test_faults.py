@@ -67,7 +67,7 @@ def applied(base: Path, out: Path, resume: bool = False) -> Callable[[], object]
 
 
 def test_killed_at_any_call_it_resumes_to_the_same_bytes(base: Path, tmp_path: Path) -> None:
-    """SIGKILL before every ninth system call of the whole run, each time resumed by an ordinary run."""
+    """SIGKILL before every sixth system call of the whole run, each time resumed by an ordinary run."""
     expected = contents(patch().plan(base).apply(tmp_path / "undisturbed", keep_undo=True).path)
     killed, after = 0, 1
     while dying(applied(base, out := tmp_path / f"out{after}"), after):
@@ -79,7 +79,7 @@ def test_killed_at_any_call_it_resumes_to_the_same_bytes(base: Path, tmp_path: P
         assert contents(out) == expected, f"killed at call {after}"
         assert not partial_name(out).exists()
         shutil.rmtree(out)
-        after += 9
+        after += 6
     assert killed >= 20
 
 
