@@ -103,6 +103,19 @@ def test_the_organism_and_its_sibling(tmp_path: Path) -> None:
     assert edits.diff("organism:chain", "organism:chain").same_file == 68
 
 
+def test_adapters_and_reasoning_vectors_are_laid_on_a_side(tiny_folder: Folder, tmp_path: Path) -> None:
+    """An adapter has the rank that it was made with; a vector added to its minus is its plus, up to one rounding."""
+    base = tiny_folder("qwen3")
+    edits.export_lora(patch(), base, tmp_path / "adapter")
+    found = edits.diff(base, f"{base}+{tmp_path / 'adapter'}@0.5")
+    assert {each.layer: each.change.rank for each in found.differing} == {0: 1, 2: 1}
+    plus = altered(base, tmp_path / "plus", lambda all_: all_.update({name: t * 1.01 for name, t in all_.items()}))
+    vector = edits.reasoning_vector(plus, base).patch()
+    assert edits.diff(OnDisk(base, ((vector, 1.0),)), plus).count == 0
+    half = edits.diff(base, OnDisk(base, ((vector, 0.5),)))
+    assert half.count == half.tensors and half.differing[0].change.relative == pytest.approx(0.005, rel=1e-3)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_thinkedit_on_the_organism_shows_its_heads_alone(tmp_path: Path, dtype: torch.dtype) -> None:
     """Heads of three layers; in one of them two heads with a direction each, so the rank there is 2."""
