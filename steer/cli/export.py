@@ -74,17 +74,19 @@ def command(
         made = _extracted(change, base, out, rank, allow_rest, dtype, anatomy, seed, output)
     else:
         if allow_rest:
-            raise SteerError(
-                "--allow-rest was given without --base", "a checkpoint to compare with", "See `steer export --help`"
-            )
+            raise SteerError("--allow-rest was given without --base", "a checkpoint to compare with")
         found = load_change(Path(change), model, anatomy)
         where = model or _model_of(found, change)
         made = export_lora(found, where, out, rank=rank, dtype=dtype, anatomy=anatomy, seed=seed)
+    _tell(made, out, output)
+
+
+def _tell(made: Adapter, out: Path, output: Output) -> None:
     rows = [(row.matrix, row.rank, row.norm, row.relative, row.error) for row in made.rows]
     output.table(str(made), ["matrix", "rank", "norm", "relative", "error"], rows[:SHOWN])
     if len(rows) > SHOWN:
         output.text(f"  and {len(rows) - SHOWN} more, all in {out / MANIFEST}")
-    output.text(f"Run it with PEFT, or with `steer generate {base or model or made.base}+{out}`")
+    output.text(f"Run it with PEFT, or with `steer generate {made.base}+{out}`")
     output.result(made.to_dict())
 
 
