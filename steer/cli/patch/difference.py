@@ -55,31 +55,32 @@ def command(
     """Write PLUS minus MINUS as a patch in float32 (a reasoning vector); changes no model."""
     refuse_existing(out, plot)
     output = Output(json, quiet)
-    vector = reasoning_vector(plus, minus)
-    if layers is not None or modules:
-        vector = vector.masked(layers, modules)
-    if alpha_per_layer is not None:
-        vector = vector.with_alphas(_alphas(alpha_per_layer))
-    report = None
-    if base is not None or len(vector.checkpoints) > 1:
-        report = vector.compatibility(base)
-        for row in report.rows:
-            if row.verdict != "ok":
-                output.remark(
-                    f"{row.verdict}: {row.check}: {row.donor} has {row.found}, {report.base} has {row.expected}. {row.note}"
-                )
+    vector = _vector(plus, minus, layers, modules, alpha_per_layer)
+    report = vector.compatibility(base) if base is not None or len(vector.checkpoints) > 1 else None
+    for row in () if report is None else report.rows:
+        if row.verdict != "ok":
+            output.remark(
+                f"{row.verdict}: {row.check}: {row.donor} has {row.found}, the other {row.expected}. {row.note}"
+            )
     chosen = vector if random is None else vector.random_like(random)
     chosen.save(out, alpha, base=base, force=force or ())
     sums = vector.by_layer()
     if plot is not None:
         with replacing(plot) as partial:
             sums.plot().savefig(partial, format=plot.suffix[1:] or "png")
-    told = out, chosen.label, f"norm {abs(alpha) * sums.norm:.6g}", vector.coverage
-    output.text(
-        f"{told[0]}: {told[1]}, {told[2]}; {told[3]}\nApply it with `steer apply {base or 'MODEL'} {out} --out FOLDER`"
-    )
+    output.text(f"{out}: {chosen.label}, norm {abs(alpha) * sums.norm:.6g}; {vector.coverage}")
+    output.text(f"Apply it with `steer apply {base or 'MODEL'} {out} --out FOLDER`")
     output.table("norm by layer", ("layer", "norm"), [(_layer(k), abs(alpha) * v) for k, v in sums.layers().items()])
     output.result(_result(out, chosen, alpha, sums.layers(), vector) | {"compatibility": report and report.to_dict()})
+
+
+def _vector(
+    plus: str, minus: str, layers: str | None, modules: list[str] | None, alphas: Path | None
+) -> ReasoningVector:
+    vector = reasoning_vector(plus, minus)
+    if layers is not None or modules:
+        vector = vector.masked(layers, modules)
+    return vector if alphas is None else vector.with_alphas(_alphas(alphas))
 
 
 def _result(
