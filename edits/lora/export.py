@@ -37,6 +37,7 @@ from steer.patches import Patch
 from steer.steering import Steering
 
 REMEDY = "Use the patch itself (`steer apply`), or its hook form where it has one"
+EXTRACT = f"{REMEDY}; or leave such tensors out: `steer export TUNED --base BASE --as lora --rank R --allow-rest`"
 Groups = Mapping[Place, Mapping[Place, tuple[Matrix, tuple[Operation, ...]]]]
 
 
@@ -123,7 +124,9 @@ def _groups(patch: Patch, base: Checkpoint, options: Options) -> tuple[Groups, l
         frame = frame or skeleton(base.folder, base.anatomy)
         place = place_of(matrix, frame)
         if isinstance(place, str):
-            raise SteerError(f"{matrix} cannot be in an adapter: {place}", "a projection or the experts", REMEDY)
+            dense = any(isinstance(operation, AddDense) for operation in acting)
+            found = f"{matrix} cannot be in an adapter: {place}"
+            raise SteerError(found, "a projection or the experts", EXTRACT if dense else REMEDY)
         groups.setdefault(place.whole, {})[place] = (matrix, acting)
     return groups, notes
 

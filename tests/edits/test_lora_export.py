@@ -248,6 +248,13 @@ def test_what_has_no_factors_is_refused(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_dense_difference_of_a_norm_names_the_extraction(tiny_folder: Folder, tmp_path: Path) -> None:
+    edit = Patch((AddDense(Matrix(-1, "model.norm.weight"), random(48, 1)),))
+    refused(
+        partial(export_lora, edit, tiny_folder("qwen3"), tmp_path / "a", rank=2), "model.norm.weight", "--allow-rest"
+    )
+
+
 def test_a_tied_embedding_or_head_is_refused(tiny_folder: Folder, tmp_path: Path) -> None:
     edit = Patch((out_of(-1, module="embedding"),))
     refused(lambda: export_lora(edit, tiny_folder("qwen2"), tmp_path / "a"), "embedding", "tied", "steer apply")
