@@ -132,7 +132,12 @@ class Proof:
             worst = max(residues, key=lambda residue: residue.gap / residue.tolerance if residue.tolerance else 0.0)
             where = f"{worst.before:.3g} -> {worst.after:.3g} in {worst.matrix}"
             kept = f"within {worst.gap:.2g} of the formula, tolerance {worst.tolerance:.2g}"
-            rows.append(("max |v̂ᵀW|", f"{len(residues)} projections; nearest to its tolerance: {where}, {kept}"))
+            rows.append(
+                (
+                    "component left",
+                    f"max |v̂ᵀW| of {len(residues)} projections; nearest to its tolerance {where}, {kept}",
+                )
+            )
         rows.append(("untouched tensors", _ways(self.untouched)))
         rows.append(("other files", _ways(self.files)))
         if self.forced:
