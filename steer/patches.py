@@ -238,7 +238,12 @@ class Patch:
             for each in getattr(change, "interventions", ()):
                 hooked = each.heads or () if isinstance(each, ProjectOut) and not each.is_zero(coefficient) else ()
                 for layer, head in hooked:
-                    operations = self.matrices.get(Matrix(layer, "attention_output"), ())
+                    named = model.anatomy.in_memory(Matrix(layer, "attention_output")).name
+                    operations = [
+                        operation
+                        for operation in self.operations
+                        if operation.weight and model.anatomy.in_memory(operation.matrix).name == named
+                    ]
                     if any(operation.heads is None or head in operation.heads for operation in operations):
                         raise SteerError(
                             f"head {head} of layer {layer} is edited by a hook that was entered before the patch",
@@ -271,8 +276,9 @@ class Patch:
                 "operations on weights alone, since a configuration takes effect when a model is loaded",
                 "Apply it to the checkpoint, `patch.plan(folder).apply(out)`, and load the result",
             )
-        self._refuse_hooked(model)
-        with model.taps.entering(self, scale), patched(model, self.scaled(scale).matrices) as survived:
+        scaled = self.scaled(scale)
+        scaled._refuse_hooked(model)
+        with model.taps.entering(self, scale), patched(model, scaled.matrices) as survived:
             yield survived
 
 

@@ -379,3 +379,18 @@ def test_two_patches_of_a_view_are_nested() -> None:
         expected = model.run(IDS)[0]
     assert torch.equal(model.with_(first, second).run(IDS)[0], expected)
     assert torch.equal(model.with_(Patch.compose(first, second)).run(IDS)[0], expected)
+
+
+@pytest.mark.parametrize("matrix", [WO, Matrix(-1, WO_NAME)])
+def test_a_hook_of_a_head_comes_after_the_patch_whatever_name_the_patch_uses(matrix: Matrix) -> None:
+    """The hook at head_out edits what the weights are when it is entered."""
+    model = loaded()
+    direction = steer.Direction(normal(1, HIDDEN), (1,), "resid_mid")
+    hook = steer.Steering((steer.ProjectOut(direction, "head_out", heads=((1, 2),)),))
+    dense = Patch((AddDense(matrix, normal(HIDDEN, 64)),))
+    with model.steered(hook):
+        with pytest.raises(SteerError, match="Head 2 of layer 1") as caught, dense.on(model):
+            pass
+        with Patch((EDITS["project a head"][0],)).on(model), dense.on(model, scale=0):
+            pass
+    assert "patch first" in caught.value.remedy
