@@ -109,6 +109,20 @@ def test_the_same_holds_in_half_precision(tmp_path, dtype):
     same(added(vector.patch(), folders["minus"]), tensors(folders["plus"]))
 
 
+@settings(max_examples=200)
+@given(
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    st.lists(st.tuples(*[st.floats(-60000, 60000, width=32)] * 2), min_size=1, max_size=20),
+)
+def test_the_other_checkpoint_comes_back_unless_a_number_shrinks_by_much(dtype, pairs):
+    """Differences in float64 are exact enough for any pair of numbers that are not more than 2^28 apart."""
+    minus, plus = torch.tensor(pairs, dtype=torch.float64).to(dtype).T
+    near = (plus == 0) | (minus.double().abs() < plus.double().abs() * 2**28)
+    weight = minus.clone()[:, None]
+    edit_(weight, [AddDense(Matrix(-1, "a.b"), (plus.double() - minus.double())[:, None])], 1)
+    assert torch.equal(weight[near, 0], plus[near])
+
+
 @pytest.mark.parametrize("alpha", [-1.0, 0.3, 1.7])
 def test_addition_is_naive_float64_cast_once(folders, vector, alpha):
     base, plus, minus = (wide(folders[name]) for name in ("base", "plus", "minus"))
