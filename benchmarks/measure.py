@@ -119,9 +119,9 @@ def machine() -> dict[str, Any]:
     }
 
 
-def resident() -> dict[str, int]:
-    """Return bytes of this process in memory: anonymous, and backed by files (mapped weights)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+def resident(process: int | str = "self") -> dict[str, int]:
+    """Return bytes of a process in memory: anonymous, and backed by files (mapped weights)."""
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
     values = {line.split(":")[0]: line.split()[1] for line in lines if line.startswith("Rss")}
     return {"anonymous": int(values["RssAnon"]) * 1024, "file": int(values["RssFile"]) * 1024}
 
