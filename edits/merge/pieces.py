@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from edits.merge.methods.ties import FEW
 from steer.anatomy.headers import BYTES, Entry
 from steer.errors import SteerError
 
@@ -151,6 +152,11 @@ def reading(stored: Sequence[Stored], rooms: Rooms) -> Iterator[Reader]:
         yield Reader(stored, rooms, files)
 
 
-def memory(sources: int) -> int:
-    """Return the bytes of buffers and temporaries that a merge of tensors with this many sources holds, at most."""
-    return 2 * (sources + 1) * CHUNK * 16 + 6 * CHUNK * 8
+def memory(sources: int, trims: bool = False) -> int:
+    """Return the bytes of buffers and temporaries that a merge of tensors with this many sources holds, at most.
+
+    Args:
+        sources: how many are read side by side.
+        trims: whether the edge of TIES is looked for, among `FEW` candidates.
+    """
+    return 2 * (sources + 1) * CHUNK * 16 + 6 * CHUNK * 8 + (3 * FEW * 8 if trims else 0)

@@ -79,7 +79,7 @@ class MergePlan:
     @property
     def memory(self) -> int:
         """Bytes of buffers and temporaries, at most, beside the interpreter."""
-        return memory(max((len(job.sources) for job in self.jobs), default=0))
+        return memory(max((len(job.sources) for job in self.jobs), default=0), self.recipe.merge_method == "ties")
 
     def merge(
         self,

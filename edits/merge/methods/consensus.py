@@ -4,7 +4,7 @@
     change = sum_i [sign(w_i delta_i) = gamma] w_i delta_i / sum_i [sign(w_i delta_i) = gamma] w_i
 
 entry by entry; a divisor of 0 counts as 1, and a difference of 0 agrees with neither sign. Without `normalize` the sum
-is not divided. The paper averages with equal weights, which is the same where all w_i are equal.
+is not divided. (A sum of -0 has no entry that agrees, so the sign of a zero does not matter.) The paper averages with equal weights, which is the same where all w_i are equal.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from collections.abc import Sequence
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+_ONE = torch.ones((), dtype=torch.float64)
 
 
 def agreed_(
@@ -30,17 +32,16 @@ def agreed_(
     for delta, weight in zip(deltas, weights, strict=True):
         if weight != 1.0:
             delta.mul_(weight)
-    total = deltas[0].clone()
+    sign = deltas[0].clone()
     for delta in deltas[1:]:
-        total.add_(delta)
-    positive = total >= 0
-    change = total.zero_()
-    share = torch.zeros_like(change) if normalize else None
+        sign.add_(delta)
+    torch.copysign(_ONE, sign, out=sign)
+    change, share = torch.zeros_like(sign), torch.zeros_like(sign)
     for delta, weight in zip(deltas, weights, strict=True):
-        agrees = torch.where(positive, delta > 0, delta < 0)
-        change.add_(delta.mul_(agrees))
-        if share is not None:
-            share.add_(agrees, alpha=weight)
-    if share is not None:
-        change.div_(share.masked_fill_(share == 0, 1.0))
+        change.add_(delta.mul_(sign).clamp_(min=0.0))  # Its magnitude where it agrees, else 0.
+        if normalize:
+            share.add_(delta.sign_().mul_(weight))
+    if normalize:
+        change.div_(share.add_(torch.eq(share, 0.0, out=deltas[0])))
+    change.mul_(sign)
     return change.mul_(scale) if scale != 1.0 else change

@@ -126,5 +126,5 @@ def factor(deltas: Callable[[], Iterator[Tensor]], mask: Mask, rescale: Rescale)
 def drop_(delta: Float[Tensor, " n"], mask: Mask, chance: float) -> Float[Tensor, " n"]:
     """Set the dropped entries of the next piece to 0 and multiply the others by `chance`, in place."""
     if mask.density < 1:
-        delta.masked_fill_(~mask.next(delta.numel()), 0.0)
+        delta.mul_(mask.next(delta.numel()))
     return delta.mul_(chance) if chance != 1.0 else delta

@@ -28,7 +28,7 @@ from edits.merge.methods.consensus import agreed_
 from edits.merge.methods.sums import magnitude, ratio
 
 DIGIT = 16
-FEW = 1 << 18
+FEW = 1 << 21
 
 Pieces = Callable[[], Iterator[Tensor]]
 
@@ -119,8 +119,8 @@ def find_edge(deltas: Pieces, count: int, density: float) -> Edge:
         if known == 64:
             return Edge(_magnitude_of(high), left, among)
         if among <= FEW:
-            bits = np.sort(np.concatenate(list(_matching(deltas, high, known))))[::-1]
-            edge = bits[left - 1]
+            bits = np.concatenate(list(_matching(deltas, high, known)))
+            edge = np.partition(bits, among - left)[among - left]
             first = int(np.count_nonzero(bits > edge))
             return Edge(_magnitude_of(int(edge)), left - first, int(np.count_nonzero(bits == edge)))
 
@@ -150,6 +150,8 @@ def rescaled(edge: Edge, deltas: Pieces) -> Edge:
 def trim_(delta: Float[Tensor, " n"], edge: Edge, seen: int) -> int:
     """Set the entries of a piece below the edge to 0; return how many of the edge's own magnitude it has.
 
+    Once enough of those were seen, 0 is returned.
+
     Args:
         delta: changed in place.
         edge: of the whole difference.
@@ -157,11 +159,14 @@ def trim_(delta: Float[Tensor, " n"], edge: Edge, seen: int) -> int:
     """
     if edge is ALL:
         return 0
-    magnitudes = delta.abs()
-    keep = magnitudes > edge.magnitude
-    at = torch.nonzero(magnitudes == edge.magnitude).reshape(-1)
-    keep[at[: max(0, edge.equal - seen)]] = True
-    delta.masked_fill_(~keep, 0.0)
+    left, at, kept = edge.equal - seen, 0, None
+    if left > 0:
+        found = np.flatnonzero(np.abs(delta.numpy()) == edge.magnitude)
+        at, first = found.size, torch.from_numpy(found[:left])
+        kept = first, delta[first]
+    torch.nn.functional.hardshrink(delta, edge.magnitude, out=delta)
+    if kept is not None:
+        delta[kept[0]] = kept[1]
     if edge.factor != 1.0:
         delta.mul_(edge.factor)
-    return at.numel()
+    return at
