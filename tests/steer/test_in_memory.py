@@ -392,5 +392,5 @@ def test_a_hook_of_a_head_comes_after_the_patch_whatever_name_the_patch_uses(mat
         with pytest.raises(SteerError, match="Head 2 of layer 1") as caught, dense.on(model):
             pass
         with Patch((EDITS["project a head"][0],)).on(model), dense.on(model, scale=0):
-            pass
+            model.run(IDS)
     assert "patch first" in caught.value.remedy
