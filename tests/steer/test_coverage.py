@@ -263,6 +263,19 @@ def test_every_operation_has_a_patch_form_and_few_another() -> None:
     refused(lambda: cover(wrong, "qwen3", "patch"), "shape")
 
 
+def test_what_the_anatomy_does_not_have_is_refused_by_name() -> None:
+    refused(lambda: cover(Patch((Scale(Matrix(1, "expert_down", 9), 0.0),)), "qwen3_moe", "patch"), "experts 0 to 3")
+    refused(lambda: cover(Patch((Scale(Matrix(0, "expert_down", 1), 0.0),)), "qwen3_moe", "patch"), "no expert_down")
+    refused(lambda: cover(patch_of((0, (1,))), "qwen3_next", "patch"), "linear attention", "heads=None")
+    assert cover(patch_of((1, (1,))), "qwen3_next", "patch").ok
+
+
+def test_biases_of_experts_stop_an_adapter() -> None:
+    project = ProjectOut(v(), "mlp_out")
+    assert cover(project, "gpt_oss", "patch").ok and cover(project, "mixtral", "lora").ok
+    refused(cover(project, "gpt_oss", "lora").require, "bias has a component along the direction")
+
+
 def test_a_patch_for_another_model_is_refused() -> None:
     refused(lambda: cover(patch_of((3, (4,))), "qwen3", "patch"), "head 4")
     wide = Direction(torch.ones(1, 8), (0,), "resid_mid")
