@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from edits.arithmetic import ReasoningVector as ReasoningVector
     from edits.arithmetic import reasoning_vector as reasoning_vector
     from edits.checkpoint.proof import prove as prove
-    from edits.checkpoint.undo import revert as revert
+    from edits.checkpoint.revert import revert as revert
     from edits.compatibility import compatibility as compatibility
     from edits.diff import diff as diff
     from edits.donors import as_patch as as_patch
@@ -33,7 +33,7 @@ export(
         "prove": "edits.checkpoint.proof",
         "reasoning_vector": "edits.arithmetic",
         "merge": "edits.merge",
-        "revert": "edits.checkpoint.undo",
+        "revert": "edits.checkpoint.revert",
         "export_lora": "edits.lora.export",
         "extract_lora": "edits.lora.extract",
         "thinkedit": "edits.thinkedit",

@@ -8,12 +8,15 @@ from steer.lazy import export
 
 if TYPE_CHECKING:
     from edits.checkpoint.apply import Edited as Edited
-    from edits.checkpoint.apply import pin as pin
+    from edits.checkpoint.apply import edited_bytes as edited_bytes
     from edits.checkpoint.compare import OnDisk as OnDisk
+    from edits.checkpoint.expect import pin as pin
     from edits.checkpoint.manifest import Manifest as Manifest
     from edits.checkpoint.plan import Plan as Plan
     from edits.checkpoint.plan import plan as plan
-    from edits.checkpoint.undo import revert as revert
+    from edits.checkpoint.revert import revert as revert
+    from edits.checkpoint.write import OutTensor as OutTensor
+    from edits.checkpoint.write import write_checkpoint as write_checkpoint
 
 export(
     __name__,
@@ -21,9 +24,12 @@ export(
         "Edited": "edits.checkpoint.apply",
         "Manifest": "edits.checkpoint.manifest",
         "OnDisk": "edits.checkpoint.compare",
+        "OutTensor": "edits.checkpoint.write",
         "Plan": "edits.checkpoint.plan",
-        "pin": "edits.checkpoint.apply",
+        "edited_bytes": "edits.checkpoint.apply",
+        "pin": "edits.checkpoint.expect",
         "plan": "edits.checkpoint.plan",
-        "revert": "edits.checkpoint.undo",
+        "revert": "edits.checkpoint.revert",
+        "write_checkpoint": "edits.checkpoint.write",
     },
 )

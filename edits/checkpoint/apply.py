@@ -113,19 +113,18 @@ def apply(
     refuse_occupied(out, resume)
     forced = check_expectations(plan)
     texts = {CONFIG: dumped(changed_config(plan.headers.config, plan.config))} if plan.config else {}
+    options = {"dtype": plan.dtype, "untie": plan.untie, "hash_all": hash_all}
     key: Json = {
         "patch": plan.patch.fingerprint,
         "base": str(base),
         "files": {file.name: [file.size, file.modified] for file in plan.files},
         "undo": "kept" if keep_undo else "base",
-        "dtype": plan.dtype,
-        "untie": plan.untie,
-        "hash_all": hash_all,
+        **options,
     }
 
     def seal(unfinished: Path, records: Mapping[str, Json]) -> None:
         _save_patch(plan.patch, unfinished)
-        manifest = _manifest(plan, unfinished, base, records, str(key["undo"]), forced)
+        manifest = replace(_manifest(plan, unfinished, records, forced), undo=str(key["undo"]), options=options)
         with replacing(unfinished / CARD, overwrite=True) as path:
             path.write_bytes(card(plan, manifest))
         _with_card(manifest, unfinished, plan, hash_all).write(unfinished)
@@ -134,7 +133,7 @@ def apply(
         if not (unfinished / MANIFEST).exists():
             return False
         found = Manifest.read(unfinished)
-        return (found.patch, found.base, found.undo) == (key["patch"], key["base"], key["undo"])
+        return (found.patch, found.base, found.undo, found.options) == (key["patch"], str(base), key["undo"], options)
 
     path = write_checkpoint(
         out,
@@ -193,18 +192,17 @@ def _save_patch(patch: Patch, unfinished: Path) -> None:
     write_text(unfinished / STORY, canonical(story) + "\n", overwrite=True)
 
 
-def _manifest(
-    plan: Plan, unfinished: Path, base: Path, records: Mapping[str, Json], undone: str, forced: tuple[Differing, ...]
-) -> Manifest:
+def _manifest(plan: Plan, unfinished: Path, records: Mapping[str, Json], forced: tuple[Differing, ...]) -> Manifest:
     made = (*plan.touched, *plan.widened)
     tensors = tuple(TensorRecord(**records[tensor.file]["tensors"][tensor.name]) for tensor in made)
     return Manifest(
-        base=str(base),
+        base=str(plan.folder.resolve()),
         family=str(plan.headers.config.get("model_type")),
         shape_id=shape_id(plan.anatomy.numbers()) if plan.anatomy is not None else "",
         patch=plan.patch.fingerprint,
         coverage=plan.coverage,
-        undo=undone,
+        undo="base",
+        options={},
         config=plan.config,
         forced=forced,
         tensors=tensors,

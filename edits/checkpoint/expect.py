@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from edits.checkpoint.created import head_name
 from edits.checkpoint.manifest import Differing
 from edits.checkpoint.pieces import CHUNK, TORCH, is_fused, part_of
 from edits.checkpoint.stream import read_exactly
 from edits.checkpoint.touched import FLOATS, SlotEdit, Touched
+from edits.checkpoint.write import region_hash
 from steer.errors import SteerError
 from steer.patches import Patch
 
@@ -40,6 +42,7 @@ def check_expectations(plan: Plan) -> tuple[Differing, ...]:
     Raises:
         SteerError: a hash differs.
     """
+    _check_head(plan)
     differing = []
     for tensor in plan.touched:
         for edit in tensor.edits:
@@ -57,6 +60,20 @@ def check_expectations(plan: Plan) -> tuple[Differing, ...]:
             if found != expected:
                 differing.append(Differing(str(edit.matrix), found, expected))
     return tuple(differing)
+
+
+def _check_head(plan: Plan) -> None:
+    """A tied checkpoint may store its head all the same; loading ignores it, so untying must not bring other numbers in."""
+    if not plan.untie or plan.anatomy is None or (name := head_name(plan.anatomy)) not in plan.headers.tensors:
+        return
+    head, embedding = (plan.headers.tensors[each] for each in (name, plan.anatomy.disk_name("embedding")))
+    hashes = {region_hash(plan.folder / each.file, each.start, each.end) for each in (head, embedding)}
+    if len(hashes) != 1:
+        raise SteerError(
+            f"{plan.folder} stores {name} with other numbers than the embedding that it is tied to",
+            "one that was never used, or none",
+            "Set tie_word_embeddings to false in its config.json if the stored head is meant, and leave --untie out",
+        )
 
 
 def matrix_hash(plan: Plan, tensor: Touched, edit: SlotEdit) -> str:

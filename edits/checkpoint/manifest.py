@@ -103,6 +103,7 @@ class Manifest:
         patch: fingerprint of the patch, which lies beside.
         coverage: what was touched, counted against what exists.
         undo: "base" (needs the base), or "kept" (the original numbers lie in `steer/undo`).
+        options: `dtype` (what 16-bit tensors were widened to, or null), `untie`, `hash_all`.
         config: dotted keys of config.json that were set.
         forced: matrices that were not what the patch expects, and were edited all the same.
         tensors: touched ones, in order of layer, then those of which only the dtype changed.
@@ -115,6 +116,7 @@ class Manifest:
     patch: str
     coverage: str
     undo: str
+    options: Mapping[str, Any]
     config: Mapping[str, Any]
     forced: tuple[Differing, ...]
     tensors: tuple[TensorRecord, ...]
@@ -130,7 +132,10 @@ class Manifest:
     def write(self, folder: Path) -> None:
         """Write the manifest into a folder, in place of one that may be there."""
         data = asdict(self) | {"code_version": code_version()}
-        data |= {key: list(data[key]) for key in ("tensors", "files", "forced")} | {"config": dict(self.config)}
+        data |= {key: list(data[key]) for key in ("tensors", "files", "forced")} | {
+            "config": dict(self.config),
+            "options": dict(self.options),
+        }
         text = yaml.safe_dump(data, sort_keys=False, width=4096, allow_unicode=True)
         write_text(folder / MANIFEST, text, overwrite=True)
 

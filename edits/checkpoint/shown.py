@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 COLUMNS = ("matrix", "heads", "tensor", "file", "dtype", "shape")
 MOST = 12
+WEIGHTS = (".safetensors", ".gguf", ".pth", ".pt", ".ckpt")
 
 
 def coverage(plan: Plan) -> str:
@@ -96,6 +97,8 @@ def summary(plan: Plan) -> list[str]:
         lines.append("config.json: " + ", ".join(f"{key} = {value!r}" for key, value in plan.config.items()))
     if dense := _dense(plan):
         lines.append(dense)
+    if others := unreached(plan):
+        lines.append(f"carried over as they are, so without the patch: {', '.join(others)}")
     if plan.conflicts.found:
         lines += str(plan.conflicts).splitlines()[: MOST + 1]
     return [*lines, "loads in " + "; ".join(f"{engine}: {how}" for engine, how in plan.loads.items())]
@@ -108,6 +111,18 @@ def made(plan: Plan) -> list[str]:
         reasons.setdefault(tensor.created, []).append(tensor.name)
     return [
         f"{names[0] if len(names) == 1 else f'{len(names)} tensors'} ({reason})" for reason, names in reasons.items()
+    ]
+
+
+def unreached(plan: Plan) -> list[str]:
+    """Files with weights that nothing of the index names: copies in another format, which some engines would load."""
+    ours = {*plan.headers.files}
+    return [
+        file.name
+        for file in plan.files
+        if file.name not in ours
+        and "/" not in file.name
+        and (file.name.endswith(WEIGHTS) or file.name.startswith("pytorch_model"))
     ]
 
 

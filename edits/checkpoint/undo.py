@@ -19,7 +19,6 @@ import numpy as np
 from edits.checkpoint.card import CARD
 from edits.checkpoint.folder import FileTask, Progress
 from edits.checkpoint.manifest import UNDO
-from edits.checkpoint.revert import revert as revert
 from edits.checkpoint.stream import Bytes, Json, read_exactly, safetensors_header, write_all
 from edits.checkpoint.touched import FLOATS, Axes, Box, Touched, box_numbers
 from edits.checkpoint.write import file_hash

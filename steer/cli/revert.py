@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from edits.checkpoint.undo import revert
+from edits.checkpoint.revert import revert
 from steer.cli.options import Json, Quiet, Seed
 from steer.cli.output import Output
 

@@ -301,6 +301,8 @@ def test_single_tensor_files_of_other_kinds_stay(tiny_folder: Folder, tmp_path: 
     base = tmp_path / "base"
     shutil.copytree(tiny_folder("llama"), base)
     save_file({"model.layers.0.self_attn.o_proj.weight": torch.zeros(3)}, base / "other.safetensors")
-    done = patch().plan(base).apply(tmp_path / "out")
+    made = patch().plan(base)
+    assert "without the patch: other.safetensors" in str(made)
+    done = made.apply(tmp_path / "out")
     assert load_file(done.path / "other.safetensors")["model.layers.0.self_attn.o_proj.weight"].shape == (3,)
     assert (done.path / "other.safetensors").read_bytes() == (base / "other.safetensors").read_bytes()

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import steer
@@ -171,3 +172,22 @@ def test_dotted_keys() -> None:
     nested = {"torch_dtype": "bfloat16", "text_config": {"dtype": "bfloat16", "x": 1}, "quantization": {"dtype": 3}}
     assert dtype_changes(nested, "float32") == {"torch_dtype": "float32", "text_config.dtype": "float32"}
     assert dtype_changes({}, "float32") == {"dtype": "float32"}
+
+
+def test_a_tied_head_that_is_stored_all_the_same(tiny_folder: Folder, tmp_path: Path) -> None:
+    """Transformers ignores it; untying takes it where it is the embedding, and refuses other numbers."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_folder("qwen2"), base)
+    weights = load_file(base / "model.safetensors")
+    change = Patch((ProjectColumns(-1, "embedding", None, torch.ones(HIDDEN)),))
+    for number, equal in enumerate((True, False)):
+        head = weights["model.embed_tokens.weight"].clone() + (0 if equal else 1)
+        save_file(weights | {"lm_head.weight": head}, base / "model.safetensors", metadata={"format": "pt"})
+        made = plan(change, base, untie=True)
+        if equal:
+            done = made.apply(tmp_path / str(number))
+            assert torch.equal(AutoModelForCausalLM.from_pretrained(done).get_output_embeddings().weight, head)
+            assert contents(revert(done)) == contents(base)
+        else:
+            with pytest.raises(SteerError, match="other numbers"):
+                made.apply(tmp_path / str(number))

@@ -114,7 +114,7 @@ def case(
 KINDS = st.lists(st.sampled_from(["project", "scale", "low rank", "dense", "set"]), min_size=1, max_size=3)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     st.sampled_from(list(LAYOUTS)),
     st.sampled_from(list(DTYPES)),
