@@ -16,8 +16,15 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 Edits = dict[tuple[int, str], Callable[[Tensor], Tensor]]
-WITHOUT_NORM_BEFORE = ("olmo2",)
-NORM_BEHIND = ("gemma2", "gemma3_text", "olmo2")
+WITHOUT_NORM_BEFORE = ("olmo2", "olmo3")
+NORM_BEHIND = {
+    **dict.fromkeys(
+        ("gemma2", "gemma3_text", "gemma4_text", "olmo2", "olmo3"), ("post_attention_layernorm", "post_feedforward_layernorm")
+    ),
+    "glm4": ("post_self_attn_layernorm", "post_mlp_layernorm"),
+}  # fmt: skip
+NORM_BEFORE_MLP = dict.fromkeys(("gemma2", "gemma3_text", "gemma4_text"), "pre_feedforward_layernorm")
+SCALED = ("granite", "granitemoe")
 SITES = ("resid_pre", "z", "attn_raw", "attn_out", "resid_mid", "mlp_raw", "mlp_out", "resid_post")
 
 
@@ -63,9 +70,12 @@ def rewritten(hf: Any, edits: Edits, seen: dict[tuple[int, str], Tensor] | None 
 
     for number, layer in enumerate(hf.model.layers):
         replace(layer, _layer(family, number, at, hf.config))
-        replace(layer.self_attn.o_proj, _attention_output(number, at, hf.config.num_attention_heads, edits))
-        if hasattr(layer.mlp, "down_proj"):
-            replace(layer.mlp.down_proj, _mlp_output(number, at))
+        if hasattr(layer, "self_attn"):
+            replace(layer.self_attn.o_proj, _attention_output(number, at, hf.config.num_attention_heads, edits))
+        else:
+            replace(layer.linear_attn.out_proj, _output(number, at, "attn_raw"))
+        if hasattr(_mlp(layer), "down_proj"):
+            replace(_mlp(layer).down_proj, _output(number, at, "mlp_raw"))
     try:
         yield
     finally:
@@ -73,26 +83,46 @@ def rewritten(hf: Any, edits: Edits, seen: dict[tuple[int, str], Tensor] | None 
             del module.forward
 
 
-def _layer(family: str, number: int, at: Any, config: Any) -> Any:
-    scale = config.residual_multiplier if family == "granite" else 1.0
+def _mlp(layer: Any) -> Any:
+    return layer.block_sparse_moe if hasattr(layer, "block_sparse_moe") else layer.mlp
 
-    def forward(layer: Any, hidden_states: Tensor, **options: Any) -> Tensor:
+
+def _first(value: Any) -> Tensor:
+    return value[0] if isinstance(value, tuple) else value
+
+
+def _layer(family: str, number: int, at: Any, config: Any) -> Any:
+    scale = config.residual_multiplier if family in SCALED else 1.0
+    behind_attention, behind_mlp = NORM_BEHIND.get(family, (None, None))
+
+    def forward(layer: Any, hidden_states: Tensor, *more: Tensor, **options: Any) -> Tensor:
         stream = at(number, "resid_pre", hidden_states)
         inside = stream if family in WITHOUT_NORM_BEFORE else layer.input_layernorm(stream)
-        attention = layer.self_attn(hidden_states=inside, **options)[0]
-        if family in NORM_BEHIND:
-            attention = layer.post_attention_layernorm(attention)
+        attention = _attend(layer, inside, options)
+        if behind_attention:
+            attention = getattr(layer, behind_attention)(attention)
         stream = at(number, "resid_mid", stream + at(number, "attn_out", attention * scale))
         inside = stream
         if family not in WITHOUT_NORM_BEFORE:
-            norm = layer.pre_feedforward_layernorm if family in NORM_BEHIND else layer.post_attention_layernorm
-            inside = norm(stream)
-        mlp = layer.mlp(inside)
-        if family in NORM_BEHIND:
-            mlp = layer.post_feedforward_layernorm(mlp)
-        return at(number, "resid_post", stream + at(number, "mlp_out", mlp * scale))
+            inside = getattr(layer, NORM_BEFORE_MLP.get(family, "post_attention_layernorm"))(stream)
+        mlp = _first(_mlp(layer)(inside))
+        if behind_mlp:
+            mlp = getattr(layer, behind_mlp)(mlp)
+        stream = stream + at(number, "mlp_out", mlp * scale)
+        if family == "gemma4_text":
+            gated = layer.act_fn(layer.per_layer_input_gate(stream)) * more[0]
+            stream = stream + layer.post_per_layer_input_norm(layer.per_layer_projection(gated))
+            stream = stream * layer.layer_scalar
+        return at(number, "resid_post", stream)
 
     return forward
+
+
+def _attend(layer: Any, inside: Tensor, options: dict[str, Any]) -> Tensor:
+    if hasattr(layer, "self_attn"):
+        return _first(layer.self_attn(hidden_states=inside, **options))
+    wanted = {"hidden_states": inside, "cache_params": None, "attention_mask": options.get("attention_mask")}
+    return _first(layer.linear_attn(**wanted))
 
 
 def _attention_output(number: int, at: Any, heads: int, edits: Edits) -> Any:
@@ -110,8 +140,8 @@ def _attention_output(number: int, at: Any, heads: int, edits: Edits) -> Any:
     return forward
 
 
-def _mlp_output(number: int, at: Any) -> Any:
+def _output(number: int, at: Any, site: str) -> Any:
     def forward(projection: Any, inside: Tensor) -> Tensor:
-        return at(number, "mlp_raw", linear(inside, projection.weight, projection.bias))
+        return at(number, site, linear(inside, projection.weight, projection.bias))
 
     return forward
