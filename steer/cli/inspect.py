@@ -13,6 +13,7 @@ from steer.anatomy.forms import FORMS, reaches
 from steer.anatomy.headers import Headers, read_headers
 from steer.anatomy.record import read_record
 from steer.anatomy.resolve import Anatomy, Contributes, resolve
+from steer.anatomy.slots import WORDS
 from steer.cli.options import Json, Quiet, Seed
 from steer.cli.output import Output
 from steer.identity import ModelIdentity, shape_id
@@ -102,12 +103,31 @@ def _anatomy(anatomy: Anatomy, headers: Headers) -> dict[str, Any]:
         "biases": {
             name: sum(module == name for module, _ in anatomy.biases) for name in ("attention_output", "mlp_output")
         },
-        "sites": {name: len(dense) if name == "mlp_raw" else anatomy.layers for name in SITES},
+        "linear_layers": list(anatomy.linear_layers),
+        "experts": anatomy.experts,
+        "expert_layers": list(anatomy.expert_layers),
+        "stored": _stored(anatomy),
+        "sites": {name: len(anatomy.site_layers(name)) for name in SITES},
         "tensors": len(headers.tensors),
         "files": list(headers.files),
         "bytes": headers.bytes,
         "dtypes": headers.dtypes,
     }
+
+
+def _stored(anatomy: Anatomy) -> dict[str, str]:
+    """How the matrices of each word lie in the checkpoint: how many there are, and how many tensors hold them."""
+    found = {}
+    for word in WORDS:
+        matrices = anatomy.matrices(word)
+        tensors = {anatomy.on_disk(matrix).name for matrix in matrices}
+        if word == "head" and anatomy.tied:
+            found[word] = "the embedding"
+        elif len(tensors) < len(matrices):
+            found[word] = f"{len(matrices)} in {len(tensors)} fused tensors"
+        elif matrices:
+            found[word] = str(len(matrices))
+    return found
 
 
 def _print(output: Output, result: Mapping[str, Any]) -> None:
@@ -119,6 +139,11 @@ def _print(output: Output, result: Mapping[str, Any]) -> None:
     for part in ("attention", "mlp"):
         shown = _shown(Contributes(**result[f"{part}_contribution"]))
         output.text(f"  {part}: {shown}; output biases on {result['biases'][f'{part}_output']} layers")
+    if result["linear_layers"]:
+        output.text(f"  linear attention, without heads, on {len(result['linear_layers'])} layers")
+    if result["experts"]:
+        output.text(f"  {result['experts']} experts on each of {len(result['expert_layers'])} layers")
+    output.text("  matrices: " + ", ".join(f"{word} {text}" for word, text in result["stored"].items()))
     output.text(
         "  sites: " + ", ".join(f"{name} {count}/{result['layers']}" for name, count in result["sites"].items())
     )

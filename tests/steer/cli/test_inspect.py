@@ -16,6 +16,13 @@ from steer.anatomy.record import FAMILIES
 from steer.cli.app import run
 from tests.tiny import FAMILIES as TINY
 
+TWO_KINDS = (
+    "gemma4_text",
+    "qwen3_next",
+    "qwen3_5_text",
+    "qwen3_5_moe_text",
+)  # Heads of this width on layers 0 and 2, or 1 and 3.
+
 
 def inspected(capsys, *arguments):
     status = run(["inspect", *map(str, arguments), "--json"])
@@ -31,7 +38,10 @@ def test_the_numbers_are_the_models(tiny_folder, capsys, family):
     assert found["identity"] == model.identity.to_dict()
     assert {name: found[name] for name in model.anatomy.numbers()} == model.anatomy.numbers()
     assert found["attention_contribution"]["kind"] == model.anatomy.attention_contribution.kind
-    assert found["sites"]["mlp_raw"] == len(model.anatomy.dense_mlp_layers) and found["sites"]["z"] == 4
+    assert found["sites"] == {site: len(model.anatomy.site_layers(site)) for site in found["sites"]}
+    assert found["sites"]["attn_out"] == found["sites"]["mlp_out"] == found["sites"]["resid_mid"] == 4
+    assert found["sites"]["z"] == (2 if family in TWO_KINDS else 4)
+    assert found["experts"] == model.anatomy.experts == (4 if model.anatomy.expert_layers else 0)
     assert (
         found["self_check"]["layers"] == 4
         and max(found["self_check"]["differences"].values()) <= found["self_check"]["tolerance"]
@@ -54,7 +64,15 @@ def test_it_reads_well(tiny_folder, capsys):
     assert run(["inspect", str(tiny_folder("gemma2"))]) == 0
     assert "through the norm post_attention_layernorm" in capsys.readouterr().out
     assert run(["inspect", str(tiny_folder("qwen3_moe"))]) == 0
-    assert "mlp_raw 2/4" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    for part in ("mlp_raw 2/4", "4 experts on each of 2 layers", "expert_down 8", "router 2"):
+        assert part in text
+    assert run(["inspect", str(tiny_folder("gpt_oss"))]) == 0
+    assert "expert_down 16 in 4 fused tensors" in capsys.readouterr().out
+    assert run(["inspect", str(tiny_folder("qwen3_5_text"))]) == 0
+    assert "linear attention, without heads, on 2 layers" in capsys.readouterr().out
+    assert run(["inspect", str(tiny_folder("qwen2"))]) == 0
+    assert "head the embedding" in capsys.readouterr().out
 
 
 def test_the_coverage_of_a_change(tiny_folder, tmp_path, capsys):
