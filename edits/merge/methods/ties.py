@@ -28,8 +28,9 @@ from edits.merge.methods.consensus import agreed_
 from edits.merge.methods.sums import magnitude, ratio
 
 DIGIT = 16
-FEW = 1 << 21
+FEW = 1 << 16
 
+Bits = np.ndarray[tuple[int], np.dtype[np.int64]]
 Pieces = Callable[[], Iterator[Tensor]]
 
 
@@ -115,17 +116,35 @@ def find_edge(deltas: Pieces, count: int, density: float) -> Edge:
         digit = int(np.flatnonzero(above < left)[0])
         left -= int(above[digit])
         high, known = high << DIGIT | digit, known + DIGIT
-        among = int(histogram[digit])
         if known == 64:
-            return Edge(_magnitude_of(high), left, among)
-        if among <= FEW:
-            bits = np.concatenate(list(_matching(deltas, high, known)))
-            edge = np.partition(bits, among - left)[among - left]
-            first = int(np.count_nonzero(bits > edge))
-            return Edge(_magnitude_of(int(edge)), left - first, int(np.count_nonzero(bits == edge)))
+            return Edge(_magnitude_of(high), left, int(histogram[digit]))
+        counted = _counted(_matching(deltas, high, known))
+        if counted is not None:
+            values, counts = counted
+            below = counts[::-1].cumsum()[::-1]
+            at = int(np.flatnonzero(below >= left)[-1])
+            return Edge(_magnitude_of(int(values[at])), left - int(below[at] - counts[at]), int(counts[at]))
 
 
-def _matching(deltas: Pieces, high: int, known: int) -> Iterator[np.ndarray[tuple[int], np.dtype[np.int64]]]:
+def _counted(pieces: Iterator[Bits]) -> tuple[Bits, Bits] | None:
+    """Return the different values, in order, and how often each is there; None where they are more than `FEW`.
+
+    Differences of bf16 models have few: numbers of a coarse grid repeat.
+    """
+    values, counts = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
+    for bits in pieces:
+        found, often = np.unique(bits, return_counts=True)
+        joined, place = np.unique(np.concatenate([values, found]), return_inverse=True)
+        summed = np.zeros(joined.size, dtype=np.int64)
+        summed[place[: values.size]] = counts
+        summed[place[values.size :]] += often
+        values, counts = joined, summed
+        if values.size > FEW:
+            return None
+    return values, counts
+
+
+def _matching(deltas: Pieces, high: int, known: int) -> Iterator[Bits]:
     """Yield the bits of the magnitudes that begin with `high`."""
     for delta in deltas():
         bits = delta.abs().numpy().view(np.int64)
