@@ -55,8 +55,7 @@ def recipe(plan: Plan, manifest: Manifest) -> str:
         ),
         f"- surviving change: {survival_text(manifest)}",
         f"- every hash: `{MANIFEST}`",
-        "- undo: `steer revert DIR` gives every file back byte for byte, from "
-        + ("the originals kept in `steer/undo`" if manifest.undo == "kept" else "the base, which it needs"),
+        "- undo: `steer revert DIR` gives every file back byte for byte, from " + undo_text(manifest),
         "",
         "| tensor | sha256 before | sha256 after | survived |",
         "|---|---|---|---|",
@@ -68,6 +67,13 @@ def recipe(plan: Plan, manifest: Manifest) -> str:
     ]
     more = [f"| and {len(edited) - MOST} more | | | |"] if len(edited) > MOST else []
     return "\n".join([*lines, *more, ""])
+
+
+def undo_text(manifest: Manifest) -> str:
+    """Say what taking it back needs."""
+    if not any(tensor.boxes for tensor in manifest.tensors):
+        return "this folder alone"
+    return "the originals kept in `steer/undo`" if manifest.undo == "kept" else "the base, which it needs"
 
 
 def survival_text(manifest: Manifest) -> str:

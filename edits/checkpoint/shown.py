@@ -50,7 +50,8 @@ def loads(plan: Plan) -> dict[str, str]:
     engine = f"as the base (family {family}), without our plugin"
     converter = "as the base, after its converter"
     if made:
-        engine = f"where its {family} reads {keys}; llama and qwen do, others must be tried"
+        read = "its llama reads it for output projections too"
+        engine = f"yes, {keys}: {read}" if family == "llama" else f"only where its {family} reads {keys}: try it first"
         converter = "only if its converter knows the biases"
     return {"transformers": "yes", "vLLM": engine, "llama.cpp": converter}
 
