@@ -173,17 +173,28 @@ class Anatomy:
         """Names of tensors as they are stored."""
         return frozenset(self.stored.values())
 
+    def _has(self, matrix: Matrix) -> bool:
+        """Whether the model has a matrix of a layer."""
+        word, experts = matrix.module, self.record.experts
+        if word in PER_LAYER:
+            return (word, matrix.layer) in self.shapes
+        if matrix.layer not in self.expert_layers or experts is None:
+            return False
+        if word in EXPERTS:
+            return matrix.expert < self.experts
+        return word == "router" or bool(experts.shared_output)
+
     def _check_exists(self, matrix: Matrix) -> None:
         """Refuse a matrix that the model does not have, by name."""
         if matrix.module in OUTSIDE:
             return
         word = matrix.module
         self.check_layers([matrix.layer], f"{matrix}:")
-        plain = Matrix(matrix.layer, word, matrix.expert)
-        if plain in self.matrices(word):
+        if self._has(matrix):
             return
         if word in EXPERTS and matrix.layer in self.expert_layers:
-            raise SteerError(f"{plain} was named", f"experts 0 to {self.experts - 1} of this {self.family} model")
+            named = Matrix(matrix.layer, word, matrix.expert)
+            raise SteerError(f"{named} was named", f"experts 0 to {self.experts - 1} of this {self.family} model")
         if word in PER_LAYER:
             self.shape(word, matrix.layer)
         where = f"one of the layers {list(self.expert_layers)}" if self.expert_layers else "a matrix that it has"
