@@ -78,9 +78,8 @@ def stand_ins(headers: Headers) -> dict[str, tuple[int, ...]]:
         if kind == "qweight" and f"{stem}.scales" in shapes:
             inputs = shapes[f"{stem}.g_idx"][0] if f"{stem}.g_idx" in shapes else entry.shape[0]
             shapes.setdefault(weight, (shapes[f"{stem}.scales"][1], inputs))
-        elif name.endswith(
-            "_blocks"
-        ):  # 32 numbers in 16 bytes along the input, and stored turned round where they are plain.
+        elif name.endswith("_blocks") and len(entry.shape) > 2:
+            # 32 numbers in 16 bytes along the input; where they are plain, they are stored turned round.
             experts, out, *packed_in = entry.shape
             shapes.setdefault(name.removesuffix("_blocks"), (experts, 2 * math.prod(packed_in), out))
         elif kind == "weight_packed":
