@@ -110,6 +110,7 @@ def test_ratios_pair_a_slow_contestant_with_its_own_rounds():
 
 def test_the_program_tells_both_rows_and_leaves_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(program, "ORACLE", tmp_path / "absent")
+    monkeypatch.setattr(program, "memory", lambda work, request: {"at_rest": 1, "peak": len(request["folders"])})
     program.main(["--tiny", "--rounds", "1", "--folder", str(tmp_path)])
     found = json.loads(capsys.readouterr().out)
     for contest in CONTESTS:
