@@ -18,7 +18,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,11 @@ from torch import Tensor
 from edits.agreement import Agreement, by_phase, greedy_agreement
 from edits.checkpoint.compare import OnDisk, on_disk, same_bytes
 from steer.errors import SteerError
-from steer.generation import as_prompts
 from steer.logits import agreement
 from steer.model import SteerableModel, load, wrap
 from steer.patches import Patch
 from steer.phases import states_of
-from steer.prompts import Content, Rendered
+from steer.prompts import Content
 from steer.sampling import Sampling
 from steer.steering import Steering
 from steer.subjects import open_subject
@@ -233,30 +232,11 @@ def _written(model: SteerableModel, contents: Sequence[Content], tokens: int) ->
     """Let a subject reply to prompts, taking the most likely token each time."""
     if not contents or not tokens or model.tokenizer is None:
         return []
-    if model.anatomy.linear_layers:  # `generate` keeps keys and values by row, and these layers keep another state.
-        asked = as_prompts(list(contents), chat=model.tokenizer.chat_template is not None)
-        return _written_anew(model, [model.render(prompt.content) for prompt in asked], tokens)
     sampling = Sampling(temperature=0.0, max_new_tokens=tokens)
     with warnings.catch_warnings():  # A reply that never thinks says nothing about the hook; fixed prompts reach it.
         warnings.filterwarnings("ignore", "The steering touched 0 positions")
         traces = model.generate(list(contents), sampling=sampling)
     return [Prompt(t.tokens, t.prompt_length, t.generation_prompt_start, written=True) for t in traces]
-
-
-def _written_anew(model: SteerableModel, rendered: Sequence[Rendered], tokens: int) -> list[Prompt]:
-    """Reply by reading the whole sequence for every token."""
-    ends = model.hf.generation_config.eos_token_id
-    stops = set(ends if isinstance(ends, list) else [ends])
-    found = [
-        Prompt(each.token_ids, len(each.token_ids), each.generation_prompt_start, written=True) for each in rendered
-    ]
-    for _ in range(tokens):
-        going = [i for i, each in enumerate(found) if not (each.reply[1] and each.tokens[-1] in stops)]
-        if not going:
-            break
-        for index, logits in zip(going, _logits(model, [found[i] for i in going]), strict=True):
-            found[index] = replace(found[index], tokens=(*found[index].tokens, int(logits[-1].argmax())))
-    return found
 
 
 def _gap(a: Tensor, b: Tensor) -> float:

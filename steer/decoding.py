@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
+from steer.anatomy.resolve import Anatomy
 from steer.kvcache import RowCache
 from steer.marks import Marks
 from steer.phases import State
@@ -37,6 +38,11 @@ class Decodable(Protocol):
     @property
     def device(self) -> torch.device:
         """Where token ids go."""
+        ...
+
+    @property
+    def anatomy(self) -> Anatomy:
+        """Which layers it has."""
         ...
 
     def at(self, positions: Positions) -> AbstractContextManager[Any]:
@@ -112,7 +118,7 @@ class Batch:
         self.positions = Positions(
             model.marks, [len(prompt.token_ids) for prompt in prompts.values()], starts, model.device
         )
-        self.cache = RowCache()
+        self.cache = RowCache(model.anatomy.linear_layers, model.anatomy.layers)
         self.last = {"logits_to_keep": 1} if _keeps_last(type(model.hf)) else {}
         self.logits: Float[Tensor, "batch vocab"] = self._forward(ids.to(model.device))
         if len(prompts) < len(self.replies):

@@ -57,6 +57,8 @@ class Verdict:
 
 def hook(intervention: Intervention, anatomy: Anatomy) -> list[Verdict]:
     """Everything, wherever the site exists."""
+    if intervention.site in ("z", "head_out"):
+        return _with_heads(intervention, anatomy, PLACES[intervention.site], _heads_note(intervention))
     if intervention.site != "mlp_raw":
         return [Verdict(PLACES[intervention.site], intervention.active_layers, note=_heads_note(intervention))]
     return _dense_only(intervention, anatomy, PLACES["mlp_raw"])
@@ -66,7 +68,7 @@ def vllm(intervention: Intervention, anatomy: Anatomy) -> list[Verdict]:
     """Additions and projections on every token at what is added to the stream; heads by the patch or by LoRA."""
     layers, place = intervention.active_layers, PLACES[intervention.site]
     if intervention.site == "head_out":
-        return [Verdict(place, layers, note=SERVED)]
+        return _with_heads(intervention, anatomy, place, SERVED)
     refused = _weights_only(intervention, "vLLM", "nothing is stated for it there yet")
     allowed = {Add: ("attn_out", "mlp_out", "resid_mid", "resid_post"), ProjectOut: ("attn_out", "mlp_out")}
     first = isinstance(intervention, ProjectOut) and intervention.site == "resid_pre" and layers == (0,)
@@ -218,7 +220,7 @@ def _projected(
 ) -> list[Verdict]:
     layers, site = intervention.active_layers, intervention.site
     if site == "head_out":
-        return [Verdict("attention output", layers, note=_heads_note(intervention))]
+        return _with_heads(intervention, anatomy, "attention output", _heads_note(intervention))
     behind = part(site, anatomy) if not site.startswith("resid") else None
     if behind is None:
         return _embedding(intervention, anatomy, untie)
@@ -273,6 +275,20 @@ def _dense_only(
             )
         )
     return rows
+
+
+def _with_heads(intervention: Intervention, anatomy: Anatomy, what: str, note: str) -> list[Verdict]:
+    """One row for layers that have the site, and one for each reason why others do not, such as linear attention."""
+    having = anatomy.site_layers(intervention.site)
+    rows: dict[str | None, list[int]] = {}
+    for layer in intervention.active_layers:
+        reason = None if layer in having else f"the layer {anatomy.lacks(intervention.site, layer)}"
+        rows.setdefault(reason, []).append(layer)
+    remedy = "Use attn_raw or attn_out, which every layer has"
+    return [
+        Verdict(what, tuple(layers), reason, remedy if reason else None, "" if reason else note)
+        for reason, layers in rows.items()
+    ]
 
 
 def layers_of(verdict: Verdict) -> str:

@@ -2,17 +2,19 @@
 
 Every layer keeps all tokens, sliding windows too (the model's mask still hides what lies outside the window), so that
 columns mean the same in all layers. Rows are aligned at their right end. Buffers grow in steps, so that a decoding
-step writes one column instead of copying the whole cache.
+step writes one column instead of copying the whole cache. A layer with linear attention has no columns: it keeps one
+state per row, which is dropped, repeated and joined with its row.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, cast
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionLayer
 
 _STEP = 64
 
@@ -49,8 +51,24 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         """Columns held."""
         return self.length
 
-    def replace(self, buffers: list[Tensor]) -> None:
-        """Hold these columns instead."""
+    def select(self, rows: Int[Tensor, " kept"], skip: int) -> None:
+        """Keep these rows without their first `skip` columns."""
+        index = rows.to(self.buffers[0].device)
+        self._replace([buffer[:, :, skip : self.length].index_select(0, index) for buffer in self.buffers])
+
+    def join(self, added: GrowingLayer) -> None:
+        """Put the rows of `added` behind these, aligned at the right."""
+        length = max(self.length, added.length)
+        joined = []
+        for first, second in zip(self.buffers, added.buffers, strict=True):
+            rows, more = first.shape[0], second.shape[0]
+            whole = first.new_zeros(rows + more, first.shape[1], length, first.shape[3])
+            whole[:rows, :, length - self.length :] = first[:, :, : self.length]
+            whole[rows:, :, length - added.length :] = second[:, :, : added.length]
+            joined.append(whole)
+        self._replace(joined)
+
+    def _replace(self, buffers: list[Tensor]) -> None:
         self.length = buffers[0].shape[2]
         self.buffers = buffers
         self.keys, self.values = buffers
@@ -62,32 +80,49 @@ def _resized(columns: Tensor, capacity: int) -> Tensor:
     return grown
 
 
+class RecurrentLayer(LinearAttentionLayer):
+    """The states of one layer with linear attention: of its convolution and of its recurrence, rows first."""
+
+    def select(self, rows: Int[Tensor, " kept"], skip: int) -> None:
+        """Keep these rows; a state has no columns to skip."""
+        for states in (self.conv_states, self.recurrent_states):
+            for index, state in states.items():
+                if state is not None:
+                    states[index] = state.index_select(0, rows.to(state.device))
+
+    def join(self, added: RecurrentLayer) -> None:
+        """Put the rows of `added` behind these."""
+        pairs = ((self.conv_states, added.conv_states), (self.recurrent_states, added.recurrent_states))
+        for states, more in pairs:
+            for index, state in states.items():
+                other = more[index]
+                if state is not None and other is not None:
+                    states[index] = torch.cat([state, other])
+
+
 class RowCache(Cache):
-    """A cache of `GrowingLayer`s."""
+    """A cache of layers whose rows can be dropped, repeated and joined.
 
-    def __init__(self) -> None:
-        super().__init__(layer_class_to_replicate=GrowingLayer)
+    Args:
+        linear: the layers with linear attention.
+        layers: how many the model has, where there are such layers; others are made when they are first written.
+    """
 
-    def _held(self) -> list[GrowingLayer]:
-        return cast("list[GrowingLayer]", self.layers)
+    def __init__(self, linear: Collection[int] = (), layers: int = 0) -> None:
+        if linear:
+            super().__init__([RecurrentLayer() if layer in linear else GrowingLayer() for layer in range(layers)])
+        else:
+            super().__init__(layer_class_to_replicate=GrowingLayer)
+
+    def _held(self) -> list[GrowingLayer | RecurrentLayer]:
+        return cast("list[GrowingLayer | RecurrentLayer]", self.layers)
 
     def select(self, rows: Int[Tensor, " kept"], skip: int = 0) -> None:
         """Keep these rows, in this order and possibly repeated, without their first `skip` columns."""
         for layer in self._held():
-            index = rows.to(layer.buffers[0].device)
-            layer.replace([buffer[:, :, skip : layer.length].index_select(0, index) for buffer in layer.buffers])
+            layer.select(rows, skip)
 
     def join(self, other: RowCache) -> None:
         """Put the rows of `other` behind these; the shorter side gets zeros at the left, which the mask must hide."""
         for layer, added in zip(self._held(), other._held(), strict=True):
-            length = max(layer.length, added.length)
-            joined = []
-            for first, second in zip(layer.buffers, added.buffers, strict=True):
-                rows, more = first.shape[0], second.shape[0]
-                whole = torch.zeros(
-                    rows + more, first.shape[1], length, first.shape[3], dtype=first.dtype, device=first.device
-                )
-                whole[:rows, :, length - layer.length :] = first[:, :, : layer.length]
-                whole[rows:, :, length - added.length :] = second[:, :, : added.length]
-                joined.append(whole)
-            layer.replace(joined)
+            layer.join(added)  # type: ignore[arg-type]

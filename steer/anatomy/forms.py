@@ -79,6 +79,8 @@ def _reach(anatomy: Anatomy, quantised: str, kind: str, site: str, form: str) ->
         layers, why = 0, f"the weights are quantised ({quantised})"
     elif site.startswith("mlp") and dense < total and site == "mlp_raw":
         layers, why = dense, "the other layers have experts"
+    elif site == "head_out" and len(anatomy.site_layers(site)) < total:
+        layers, why = len(anatomy.site_layers(site)), "the other layers have linear attention, without heads"
     if form == "patch" and kind == ADDED and layers:
         layers, why = _biases(anatomy, site, why)
     if form == "lora" and kind == PROJECTED and not why and _has_biases(anatomy, site):

@@ -27,9 +27,11 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_is_what_hugging_face_generates_for_each_prompt_alone(family, attention, tiny):
     # Eager attention takes its softmax in fp32, where the fp64 mask overflows at padding: transformers' own limit.
+    if family == "gpt_oss" and attention == "sdpa":
+        return  # transformers has no such kernel for its attention sinks.
     hf, tokenizer = tiny(family, dtype=torch.float64 if attention == "sdpa" else torch.float32)
     hf.set_attn_implementation(attention)
-    if family == "qwen3_moe":
+    if "num_experts_per_tok" in FAMILIES[family]:
         hf.set_experts_implementation("eager")  # The grouped kernels know no fp64.
     for trace in generate(steer.wrap(hf, tokenizer), items(4), sampling=Sampling(0.0, max_new_tokens=10), batch_size=2):
         ids = torch.tensor([trace.prompt_token_ids])

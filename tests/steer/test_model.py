@@ -84,8 +84,9 @@ def test_parameters_are_the_models_own(tiny, family):
     hf, tokenizer = tiny(family)
     model = steer.wrap(hf, tokenizer)
     for layer in range(4):
-        assert model.parameter("attention_output", layer) is hf.model.layers[layer].self_attn.o_proj.weight
-        assert model.out_projection(layer) is hf.model.layers[layer].self_attn.o_proj
+        module = hf.model.layers[layer]
+        own = module.self_attn.o_proj if hasattr(module, "self_attn") else module.linear_attn.out_proj
+        assert model.parameter("attention_output", layer) is own.weight and model.out_projection(layer) is own
         if layer in model.anatomy.dense_mlp_layers:
             assert model.parameter("mlp_output", layer) is hf.model.layers[layer].mlp.down_proj.weight
         else:

@@ -21,6 +21,12 @@ def close(found, expected, what=""):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * scale, msg=lambda text: f"{what}: {text}")
 
 
+def read_there(family, site):
+    """What the bridge does not read: no attention hooks on linear attention, and DeepSeek's z split by another width."""
+    linear = family in ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text") and site in ("z", "attn_out")
+    return not linear and (family, site) not in (("deepseek_v3", "z"), ("gemma4_text", "z"))
+
+
 def both(tiny, family):
     hf, tokenizer = tiny(family)
     hf.set_attn_implementation("eager")  # As the bridge; transformers' sdpa leaves out Gemma 2's softcapping.
@@ -36,12 +42,12 @@ def direction(model, site, seed=0):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_reads_agree(tiny, family):
     model, theirs = both(tiny, family)
-    wanted = {site: range(model.anatomy.layers) for site in lens.HOOKS}
+    wanted = {site: range(model.anatomy.layers) for site in lens.HOOKS if read_there(family, site)}
     with torch.no_grad(), model.capture(wanted) as acts:
         ours = model.hf(input_ids=IDS, use_cache=False).logits
     logits, read = theirs.run(IDS, wanted=wanted)
     close(ours, logits, "logits")
-    for site in lens.HOOKS:
+    for site in wanted:
         for layer in wanted[site]:
             close(acts[site][layer], read[site][layer], f"{site} of layer {layer}")
 
@@ -50,6 +56,8 @@ def test_reads_agree(tiny, family):
 @pytest.mark.parametrize("site", lens.WRITABLE)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_writes_agree(tiny, family, site):
+    if not read_there(family, site):
+        return
     model, theirs = both(tiny, family)
     d = direction(model, site)
     with torch.no_grad():
