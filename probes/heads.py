@@ -132,7 +132,7 @@ def mean_writes(
     means = summary.combine(quantity(OVER_RMS if kind == "norm" else "z", span), weights, (layer,))[:, 0]
     with model.active(), align_module_device(model.out_projection(layer)):  # Brings offloaded weights in.
         projection = model.parameter("attention_output", layer).detach().to("cpu", torch.float64)
-    per_head = projection.reshape(anatomy.hidden, anatomy.heads, anatomy.head_width)
+    per_head = projection.reshape(anatomy.hidden, anatomy.heads, anatomy.head_width_of(layer))
     writes = torch.einsum("ohk,chk->cho", per_head, means)
     if kind == "scale":
         return writes * anatomy.attention_contribution.multiplier

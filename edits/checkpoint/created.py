@@ -103,7 +103,7 @@ def untied_head(
     untied = Touched(
         name, entry.file, dtype or entry.dtype, entry.shape, entry, edits, "a copy of the embedding, untied"
     )
-    return untied, {key: False}
+    return untied, {anatomy.nested + key: False}
 
 
 def head_name(anatomy: Anatomy) -> str:

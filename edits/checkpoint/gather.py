@@ -14,6 +14,7 @@ from steer.anatomy.slots import OUTSIDE, Matrix, Slot
 from steer.errors import SteerError
 from steer.operations import AddDense, Operation
 from steer.patches import Patch
+from steer.writers import check_heads
 
 
 def gathered(
@@ -90,6 +91,8 @@ def _edit(
 ) -> SlotEdit:
     shape, heads = slot.shape(stored), anatomy.heads if anatomy is not None else 1
     for operation in operations:
+        if anatomy is not None:
+            check_heads(anatomy, matrix, operation.heads)
         operation.check(shape, heads)
     return SlotEdit(matrix, slot, operations, shape[1] // heads)
 

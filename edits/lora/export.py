@@ -185,7 +185,7 @@ def _write(
     for member, (matrix, operations) in sorted(members.items()):
         weights = base.matrix(matrix)
         _expected(patch, matrix, weights)
-        A, B, row = _factors(matrix, weights, operations, base.anatomy.head_width, options)
+        A, B, row = _factors(matrix, weights, operations, weights.shape[1] // base.anatomy.heads, options)
         if row.rank:
             pairs[member] = (A, B)
             rows.append(row)

@@ -14,7 +14,7 @@ from torch import Tensor
 from steer.errors import SteerError
 from steer.operations.operation import DTYPES, Operation, Region
 
-BLOCK = 1 << 18  # Numbers in a piece: two megabytes of float64.
+BLOCK = 1 << 17  # Numbers in a piece: one megabyte of float64.
 WIDTH = 64  # Columns in a piece of whole columns, at least: rows are read from memory line by line.
 
 Acting = tuple[tuple[Operation, Region], ...]
