@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from edits.agreement import Agreement
 from edits.thinkedit import thinkedit
-from edits.verify import Agreement, verify
+from edits.verify import verify
 from experiments.curve import Curve, steering_curve, steering_for
 from experiments.demo_result import DemoResult, Edit
 from experiments.evaluate import evaluate

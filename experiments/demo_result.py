@@ -17,7 +17,7 @@ from experiments.run import Run
 from experiments.summary import Figure, Replies
 
 if TYPE_CHECKING:
-    from edits.verify import Agreement
+    from edits.agreement import Agreement
     from experiments.demo import Plan
     from steer.directions import Direction
     from steer.scores import HeadScores
