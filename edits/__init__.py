@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from edits.donors import as_patch as as_patch
     from edits.lora.export import export_lora as export_lora
     from edits.lora.extract import extract_lora as extract_lora
-    from edits.merge.run import merge as merge
+    from edits.merge import merge as merge
     from edits.thinkedit import thinkedit as thinkedit
     from edits.valve import beta_of as beta_of
     from edits.valve import valve as valve
