@@ -6,6 +6,7 @@ Nothing here claims that the model thinks better afterwards: it has no marks, an
 from __future__ import annotations
 
 import json
+import os
 import pickle
 
 import pytest
@@ -21,8 +22,9 @@ pytestmark = pytest.mark.real
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Shared by the workers of pytest-xdist, whose base folders have one parent."""
-    made = tmp_path_factory.getbasetemp().parent / "real-walk"
+    """Shared by the workers of pytest-xdist, whose base folders have one parent; never with an earlier run."""
+    base = tmp_path_factory.getbasetemp()
+    made = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "real-walk"
     made.mkdir(exist_ok=True)
     return made
 
@@ -50,6 +52,24 @@ WORK = (
     "after",
     "revert",
     "restored",
+    "proof",
+    "difference",
+    "merge",
+    "merged",
+    "half",
+    "rounded",
+    "small",
+    "wide",
+    "wide proof",
+    "narrow",
+    "narrowed",
+    "export",
+    "adapter",
+    "extract",
+    "steering",
+    "direction",
+    "bake",
+    "baked",
 )
 
 
@@ -115,7 +135,51 @@ def test_hook_patch_and_checkpoint_agree_on_the_real_model(steps):
 
 
 def test_the_edit_is_seen_and_its_reversal_is_complete(steps, folder, smollm2):
-    assert steps["differs"].status == 1 and steps["differs"].result["bytes_equal"] is False
+    assert steps["differs"].status == 1
     base = materialise(smollm2)
     for file in base.iterdir():
         assert (folder / "reverted" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def layers_of(steps):
+    """The layers that ThinkEdit edited."""
+    return {layer for layer, _ in steps["patch"].result["heads"]}
+
+
+def test_the_difference_is_in_the_edited_layers_alone_and_of_rank_one(steps):
+    rows = steps["differs"].result["differing"]
+    assert {row["tensor"] for row in rows} == {f"model.layers.{n}.self_attn.o_proj.weight" for n in layers_of(steps)}
+    assert {row["rank"] for row in rows} == {1}
+
+
+def test_the_edit_is_proved_without_a_model(steps):
+    found = steps["proof"].result
+    assert found["passed"] is True and found["problems"] == [] and len(found["touched"]) == len(layers_of(steps))
+
+
+def test_the_vector_of_the_edit_is_the_edit(steps, folder):
+    """As a merge it gives every byte of the edited checkpoint."""
+    assert steps["merged"].result["differing"] == []
+    assert (folder / "vector.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_bfloat16_loses_a_small_change_and_float32_keeps_it(steps):
+    small, wide = (steps[name].result["surviving"] for name in ("small", "wide"))
+    assert len(small) == len(wide) == len(layers_of(steps))
+    assert all(each["lost"] < 1e-3 for each in wide) and all(each["lost"] > 0.3 for each in small)
+
+
+def test_a_widened_checkpoint_is_narrowed_again_bit_for_bit(steps, folder):
+    assert steps["wide proof"].result["passed"] is True and steps["narrowed"].result["differing"] == []
+    for file in (folder / "half").glob("*.safetensors"):
+        assert (folder / "narrow" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_the_adapter_is_the_edit_but_for_rounding(steps):
+    assert all(row["relative"] < 1e-6 for row in steps["adapter"].result["differing"])
+    assert steps["extract"].result["error"] < 1e-5
+
+
+def test_the_steering_and_the_biases_that_it_became_agree(steps, folder):
+    assert json.loads((folder / "baked" / "config.json").read_text())["attention_bias"] is True
+    assert steps["baked"].result["passed"] is True

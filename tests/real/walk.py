@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from steer.cli import app
+from steer.gguf import materialise
 
 
 @dataclass(frozen=True)
@@ -55,9 +58,59 @@ def walk(model: Path, questions: Path, folder: Path) -> dict[str, Step]:
         "dry": ("apply", model, patch, "--out", edited, "--dry-run"),
         "apply": ("apply", model, patch, "--out", edited),
         "verify": ("verify", f"{model}+{patch}", edited),
-        "differs": ("verify", model, edited, "--weights"),
+        "proof": ("verify", model, edited, "--weights"),
+        "differs": ("diff", model, edited, "--rank", 4, "--exit-code"),
         "after": ("evaluate", edited, "--task", task, "--limit", 4, "--max-new-tokens", 48, "--out", folder / "after", "--temperature", 0.6),
         "revert": ("revert", edited, "--out", folder / "reverted"),
         "restored": ("verify", model, folder / "reverted", "--weights"),
+        **arithmetic(model, folder, edited, patch),
+        **baking(model, folder, summary),
     }  # fmt: skip
+    (folder / "added.yaml").write_text(yaml.safe_dump(recipe("task_arithmetic", model, edited)))
+    (folder / "half.yaml").write_text(yaml.safe_dump(recipe("linear", model, edited) | {"out_dtype": "bfloat16"}))
     return {name: steer(*arguments, "--json") for name, arguments in verbs.items()}
+
+
+def arithmetic(model: Path, folder: Path, edited: Path, patch: Path) -> dict[str, tuple[object, ...]]:
+    """What the edit changed, as a vector, as a merge, rounded to bfloat16, and as adapters."""
+    vector, half, adapter = folder / "vector.safetensors", folder / "half", folder / "adapter"
+    return {
+        "difference": ("patch", "difference", edited, materialise(model), "--base", model, "--out", vector, "--plot", folder / "vector.png"),
+        "merge": ("merge", folder / "added.yaml", "--out", folder / "merged"),
+        "merged": ("diff", folder / "merged", edited, "--rank", 0),
+        "half": ("merge", folder / "half.yaml", "--out", half),
+        "rounded": ("apply", half, f"{vector}@0.01", "--out", folder / "rounded", "--dry-run"),
+        "small": ("apply", half, f"{vector}@0.01", "--out", folder / "small"),
+        "wide": ("apply", half, f"{vector}@0.01", "--out", folder / "wide", "--dtype", "float32", "--keep-undo"),
+        "wide proof": ("verify", half, folder / "wide", "--weights"),
+        "narrow": ("revert", folder / "wide", "--out", folder / "narrow"),
+        "narrowed": ("diff", half, folder / "narrow", "--rank", 0),
+        "export": ("export", patch, "--as", "lora", "--model", model, "--out", adapter),
+        "adapter": ("diff", f"{model}+{adapter}", edited, "--rank", 0),
+        "extract": ("export", edited, "--as", "lora", "--base", materialise(model), "--rank", 2, "--out", folder / "extracted"),
+    }  # fmt: skip
+
+
+def baking(model: Path, folder: Path, summary: Path) -> dict[str, tuple[object, ...]]:
+    """A steering on three layers, as a hook and as biases that the model did not have."""
+    steering, baked = folder / "push.yaml", folder / "push-patch.safetensors"
+    return {
+        "steering": (
+            "probe", "length", model, "--from", summary, "--span", "before_answer", "--percentiles", 30, 70, "--include-unclosed",
+            "--out", folder / "push-direction.safetensors", "--steering", steering, "--add-at", "attn_out", "--add-layers", "10-12",
+        ),
+        "direction": ("patch", "direction", steering, "--model", materialise(model), "--out", baked),
+        "bake": ("apply", model, baked, "--out", folder / "baked"),
+        "baked": ("verify", f"{model}+{steering}", folder / "baked", "--tokens", 0),
+    }  # fmt: skip
+
+
+def recipe(method: str, model: Path, edited: Path) -> dict[str, Any]:
+    """`model` plus what the edit changed; or the mean of both."""
+    base = {"base_model": str(materialise(model))} if method == "task_arithmetic" else {}
+    models = [edited] if base else [materialise(model), edited]
+    return {
+        "merge_method": method,
+        **base,
+        "models": [{"model": str(each), "parameters": {"weight": 1.0}} for each in models],
+    }
