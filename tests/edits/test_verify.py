@@ -300,14 +300,6 @@ def test_families_with_experts_linear_layers_and_scales_agree(tiny_folder: Folde
     assert not edits.verify(model, done, []).passed
 
 
-def test_a_reply_without_a_cache_is_the_same_reply(pair: tuple[steer.SteerableModel, Path]) -> None:
-    from edits.verify import _written, _written_anew
-
-    model, words = pair[0], ["hello why", "so wait", "1 + 2"]
-    rendered = [model.render([{"role": "user", "content": text}]) for text in words]
-    assert _written_anew(model, rendered, 9) == _written(model, words, 9)
-
-
 def test_subjects_are_texts_too(pair: tuple[steer.SteerableModel, Path], tmp_path: Path) -> None:
     patch().save(tmp_path / "p.safetensors")
     text = f"{pair[0].path}+{tmp_path / 'p.safetensors'}"

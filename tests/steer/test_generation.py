@@ -53,9 +53,12 @@ class Listener:
 def test_batches_with_a_cache_agree_with_whole_sequences_without(family, dtype, tiny):
     """Left padding, refilled rows, sliding windows (32) that prompt and reply exceed, all against one plain forward."""
     hf, tokenizer = tiny(family, dtype=dtype)
-    if family == "qwen3_moe":
+    if "num_experts_per_tok" in FAMILIES[family]:
         hf.set_experts_implementation("eager")  # The grouped kernels know no fp64.
     model = steer.wrap(hf, tokenizer)
+    allowed = 1e-5 if dtype == torch.float32 else 1e-10
+    if model.anatomy.linear_layers:  # A prompt is read in chunks and a token by recurrence, both in fp32 inside.
+        allowed = 1e-4 if dtype == torch.float32 else 1e-5
     listener = Listener()
     traces = generate(model, items(6), sampling=Sampling(0.0, max_new_tokens=16), policy=listener, batch_size=2)
     assert max(len(trace.tokens) for trace in traces) > 36
@@ -66,7 +69,7 @@ def test_batches_with_a_cache_agree_with_whole_sequences_without(family, dtype, 
             ]
         seen = torch.stack([listener.seen[trace.item, 0, step] for step in range(len(trace.completion_token_ids))])
         scale = max(1.0, float(plain.abs().max()))
-        assert (seen - plain[:-1]).abs().max() <= (1e-5 if dtype == torch.float32 else 1e-10) * scale
+        assert (seen - plain[:-1]).abs().max() <= allowed * scale
         if dtype == torch.float64:
             assert plain[:-1].argmax(-1).tolist() == list(trace.completion_token_ids)
 
