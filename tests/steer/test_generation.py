@@ -59,6 +59,8 @@ def test_batches_with_a_cache_agree_with_whole_sequences_without(family, dtype, 
     allowed = 1e-5 if dtype == torch.float32 else 1e-10
     if model.anatomy.linear_layers:  # A prompt is read in chunks and a token by recurrence, both in fp32 inside.
         allowed = 1e-4 if dtype == torch.float32 else 1e-5
+    elif family in ("deepseek_v3", "glm4_moe") and dtype == torch.float64:  # Their routers compute in fp32.
+        allowed = 1e-6
     listener = Listener()
     traces = generate(model, items(6), sampling=Sampling(0.0, max_new_tokens=16), policy=listener, batch_size=2)
     assert max(len(trace.tokens) for trace in traces) > 36
