@@ -16,8 +16,10 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -277,16 +279,19 @@ def write_parts(target: int, parts: Sequence[Part], progress: Progress, hashed: 
     position, records, digest = 0, {}, hashlib.sha256() if hashed else None
     with ExitStack() as stack:
         opened: dict[Path, int] = {}
-        for part in parts:
+        maker = stack.enter_context(ThreadPoolExecutor(1))
+        begun: Iterator[Bytes] | None = None
+        for part, coming in zip_longest(parts, parts[1:]):
             if isinstance(part, Copied):
                 if part.path not in opened:
                     opened[part.path] = os.open(part.path, os.O_RDONLY)
                     stack.callback(os.close, opened[part.path])
+                begun = _begun(maker, coming) if isinstance(coming, OutTensor) else None
                 _copy(opened[part.path], target, part, position, digest, progress)
                 position += part.size
                 continue
             begin = position
-            for piece in [part] if isinstance(part, bytes) else _made(part):
+            for piece in [part] if isinstance(part, bytes) else begun or _made(part):
                 write_all(target, piece, position)
                 if digest is not None:
                     digest.update(seen(piece))
@@ -297,6 +302,7 @@ def write_parts(target: int, parts: Sequence[Part], progress: Progress, hashed: 
                 if position - begin != part.size:
                     raise SteerError(f"{part.name} was made with {position - begin} bytes", f"{part.size} bytes")
                 records[part.name] = part.record()
+            begun = None
     found: Json = {"tensors": records} if records else {}
     return found | ({"sha256": digest.hexdigest()} if digest is not None else {})
 
@@ -304,6 +310,21 @@ def write_parts(target: int, parts: Sequence[Part], progress: Progress, hashed: 
 def _made(tensor: OutTensor) -> Iterator[Bytes]:
     if tensor.make is not None:
         yield from tensor.make()
+
+
+def _begun(maker: ThreadPoolExecutor, tensor: OutTensor) -> Iterator[Bytes]:
+    """Make a tensor's first piece in another thread, while the kernel copies what comes before it; return its pieces."""
+    pieces = _made(tensor)
+    first = [maker.submit(next, pieces, None)]  # Popped, since a future keeps its result alive.
+
+    def made() -> Iterator[Bytes]:
+        piece = first.pop().result()
+        if piece is not None:
+            yield piece
+            del piece
+            yield from pieces
+
+    return made()
 
 
 def _copy(source: int, target: int, part: Copied, position: int, digest: Any, progress: Progress) -> None:
