@@ -17,7 +17,7 @@ from edits.checkpoint.touched import SlotEdit, Touched
 from steer.anatomy.headers import Headers
 from steer.anatomy.record import OutputBias
 from steer.anatomy.resolve import Anatomy
-from steer.anatomy.slots import Matrix, Slot
+from steer.anatomy.slots import Matrix
 from steer.errors import SteerError
 
 Config = dict[str, Any]
@@ -109,11 +109,6 @@ def untied_head(
 def head_name(anatomy: Anatomy) -> str:
     """Return the name that an untied head has on disk."""
     return f"{anatomy.record.disk.head}.weight"
-
-
-def head_edit(edit: SlotEdit, name: str) -> SlotEdit:
-    """Return an edit of the head at the head's own name."""
-    return SlotEdit(edit.matrix, Slot(name), edit.operations, edit.head_width)
 
 
 def changed_config(config: Mapping[str, Any], changes: Mapping[str, Any]) -> Config:

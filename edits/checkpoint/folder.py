@@ -18,7 +18,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -272,12 +272,11 @@ def _make(partial: Path, task: FileTask, progress: Progress) -> tuple[Path, int 
         raise _linked_away(temporary)
     temporary.unlink(missing_ok=True)
     target = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, MODE)
-    try:
+    with ExitStack() as closing:
+        closing.callback(os.close, target)
         record = task.write(target, progress)
         os.fchmod(target, MODE)
-    except BaseException:
-        os.close(target)
-        raise
+        closing.pop_all()  # It is whole: whoever flushes it closes it.
     return path, target, record
 
 

@@ -1,9 +1,7 @@
-"""Bytes from one file to another: the kernel copies what stays, a few ranges are rewritten on the way.
+"""Bytes from one file to another: read, written, copied by the kernel; and the header of a safetensors file.
 
-A shard of a checkpoint is written in one pass. Gaps between the touched tensors go through `copy_file_range`, which
-shares blocks on file systems that can and never brings the bytes into this process; a touched tensor is read,
-handed to a function that rewrites it in place, and written. Header, order and sizes therefore stay as they are,
-and memory holds one tensor at a time.
+What stays goes through `copy_file_range`, which shares blocks on file systems that can and never brings the bytes into
+this process. `write` puts files together from this.
 """
 
 from __future__ import annotations
@@ -11,8 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -25,21 +22,6 @@ Json = dict[str, Any]
 
 STEP = 1 << 26
 _NO_KERNEL_COPY = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM}
-
-
-@dataclass(frozen=True)
-class Splice:
-    """A range of a file that is rewritten while the file is copied.
-
-    Attributes:
-        start: first byte, counted from the beginning of the file.
-        end: one past the last byte.
-        rewrite: gets the bytes in a buffer of its own, changes them in place, and returns what to record.
-    """
-
-    start: int
-    end: int
-    rewrite: Callable[[Bytes], Json]
 
 
 def read_exactly(source: int, start: int, end: int) -> Bytes:
@@ -106,43 +88,6 @@ def _short(position: int) -> SteerError:
         "a whole file",
         "Download or copy the checkpoint again",
     )
-
-
-def splice(
-    source: int, target: int, size: int, splices: Sequence[Splice], progress: Callable[[int], None]
-) -> list[Json]:
-    """Copy a file of `size` bytes while rewriting `splices`, in one pass.
-
-    Args:
-        source: descriptor open for reading.
-        target: descriptor of an empty file open for writing.
-        size: bytes of the source.
-        splices: disjoint ranges; what they return comes back in order of `start`.
-        progress: called with the number of bytes that were written.
-    """
-    position, records = 0, []
-    for part in sorted(splices, key=lambda part: part.start):
-        _copy_in_steps(source, target, position, part.start, progress)
-        records.append(_rewrite(source, target, part))
-        progress(part.end - part.start)
-        position = part.end
-    _copy_in_steps(source, target, position, size, progress)
-    return records
-
-
-def _rewrite(source: int, target: int, part: Splice) -> Json:
-    """Read, change and write one range; its buffer is gone before the next one is read."""
-    buffer = read_exactly(source, part.start, part.end)
-    record = part.rewrite(buffer)
-    write_all(target, buffer, part.start)
-    return record
-
-
-def _copy_in_steps(source: int, target: int, start: int, end: int, progress: Callable[[int], None]) -> None:
-    for position in range(start, end, STEP):
-        stop = min(position + STEP, end)
-        copy_range(source, target, position, stop)
-        progress(stop - position)
 
 
 def safetensors_header(

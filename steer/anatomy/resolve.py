@@ -216,10 +216,6 @@ class Anatomy:
         name = f"{_pattern(self.record, module, layer, layer in self.linear_layers)}.weight"
         return self.stored.get(name, name)
 
-    def bias_name(self, module: str, layer: int) -> str:
-        """Return the name on disk of the bias that goes with a weight, whether or not the model has it."""
-        return self.disk_name(module, layer).removesuffix("weight") + "bias"
-
     def has_bias(self, module: str, layer: int, expert: int = -1) -> bool:
         """Whether this projection has a bias."""
         if module in PER_LAYER:

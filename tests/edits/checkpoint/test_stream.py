@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 from collections.abc import Iterator
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from edits.checkpoint import stream
-from edits.checkpoint.stream import Splice, copy_range, read_exactly, safetensors_header, splice, write_all
+from edits.checkpoint.stream import copy_range, read_exactly, safetensors_header, write_all
+from edits.checkpoint.write import Copied, OutTensor, write_parts
 from steer.errors import SteerError
 
 SIZE = 100_003
@@ -98,38 +102,60 @@ def test_a_source_that_ends_early_is_an_error(
 
 
 @settings(max_examples=40, deadline=None)
-@given(cuts=st.lists(st.integers(0, SIZE), max_size=8, unique=True), order=st.randoms(use_true_random=False))
-def test_splice_rewrites_the_ranges_and_nothing_else(
-    tmp_path_factory: pytest.TempPathFactory, cuts: list[int], order: Any
+@given(cuts=st.lists(st.integers(0, SIZE), max_size=8, unique=True), pieces=st.integers(1, 3))
+def test_made_ranges_are_written_between_copied_ones_and_nothing_else(
+    tmp_path_factory: pytest.TempPathFactory, cuts: list[int], pieces: int
 ) -> None:
-    folder = tmp_path_factory.mktemp("splice")
+    folder = tmp_path_factory.mktemp("parts")
     data = np.random.default_rng(1).integers(0, 256, SIZE, dtype=np.uint8)
     (folder / "source").write_bytes(data.tobytes())
-    places = sorted(cuts)[: len(cuts) // 2 * 2]
-    ranges = list(zip(places[::2], places[1::2], strict=True))
-    expected = data.copy()
-    for start, end in ranges:
-        expected[start:end] ^= 0xFF
-
-    def flip(start: int) -> Any:
-        def rewrite(buffer: stream.Bytes) -> stream.Json:
-            buffer ^= 0xFF
-            return {"start": start}
-
-        return rewrite
-
-    parts = [Splice(start, end, flip(start)) for start, end in ranges]
-    order.shuffle(parts)
+    bounds, expected, parts = [0, *sorted(cuts), SIZE], data.copy(), []
+    for number, (start, end) in enumerate(pairwise(bounds)):
+        if number % 2:
+            expected[start:end] ^= 0xFF
+            flipped = np.array_split(expected[start:end], pieces)
+            made = OutTensor(
+                f"t{number}",
+                "U8",
+                (end - start,),
+                "target",
+                make=partial(iter, flipped),
+                record=partial(dict, n=number),
+            )
+            parts.append(made)
+        else:
+            parts.append(Copied(folder / "source", start, end))
     counted: list[int] = []
-    source, target = os.open(folder / "source", os.O_RDONLY), os.open(folder / "target", os.O_RDWR | os.O_CREAT)
+    target = os.open(folder / "target", os.O_RDWR | os.O_CREAT)
     try:
-        records = splice(source, target, SIZE, parts, counted.append)
+        records = write_parts(target, parts, counted.append, hashed=pieces == 2)
     finally:
-        os.close(source)
         os.close(target)
     assert (folder / "target").read_bytes() == expected.tobytes()
-    assert [record["start"] for record in records] == [start for start, _ in ranges]
+    made = [number for number in range(len(bounds) - 1) if number % 2]
+    assert [record["n"] for record in records.get("tensors", {}).values()] == made
     assert sum(counted) == SIZE
+    assert pieces != 2 or records["sha256"] == hashlib.sha256(expected.tobytes()).hexdigest()
+
+
+@pytest.mark.parametrize("source_ends", [False, True])
+def test_what_goes_wrong_while_a_tensor_is_made_ahead_is_raised(tmp_path: Path, source_ends: bool) -> None:
+    (tmp_path / "source").write_bytes(bytes(100))
+
+    def broken() -> Iterator[stream.Bytes]:
+        raise SteerError("the tensor cannot be made", "one that can")
+        yield np.zeros(0, dtype=np.uint8)
+
+    parts = [
+        Copied(tmp_path / "source", 0, 200 if source_ends else 100),
+        OutTensor("t", "U8", (4,), "target", make=broken),
+    ]
+    target = os.open(tmp_path / "target", os.O_RDWR | os.O_CREAT)
+    try:
+        with pytest.raises(SteerError, match="ends at byte 100" if source_ends else "cannot be made"):
+            write_parts(target, parts, lambda count: None)
+    finally:
+        os.close(target)
 
 
 def test_a_header_written_by_hand_is_read_by_the_library(tmp_path: Path) -> None:
