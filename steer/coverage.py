@@ -12,6 +12,7 @@ A part is refused either because the form cannot express it (`expressible` is fa
 from __future__ import annotations
 
 import html
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from steer import form_table
+from steer.anatomy.slots import OUTSIDE
 from steer.conflicts import noted
 from steer.directions import unit_vector
 from steer.errors import SteerError
@@ -174,7 +176,10 @@ def _of_patch(patch: Patch, target: Target, form: Form) -> list[Row]:
     for matrix, operations in patch.matrices.items():
         _check(matrix, operations, target)
         grouped.setdefault(_what(matrix), {})[matrix] = operations
-    return [_row("patch", _patched(what, touched, form), target, form) for what, touched in grouped.items()]
+    return [
+        _row("patch", _patched(what, touched, _layers(touched, target), form), target, form)
+        for what, touched in grouped.items()
+    ]
 
 
 def _what(matrix: Matrix) -> str:
@@ -196,8 +201,20 @@ def _check(matrix: Matrix, operations: tuple[Operation, ...], target: Target) ->
         operation.check((out, 1 if matrix.bias else into), target.anatomy.heads)
 
 
-def _patched(what: str, touched: dict[Matrix, tuple[Operation, ...]], form: Form) -> Verdict:
-    layers = tuple(sorted({matrix.layer for matrix in touched if matrix.layer >= 0}))
+def _layers(touched: Iterable[Matrix], target: Target) -> tuple[int, ...]:
+    """Layers of matrices, of tensors by name too; what lies outside of the layers counts as the one thing that it is."""
+    begin = target.anatomy.record.model.layers + "."
+    found = set()
+    for matrix in touched:
+        if matrix.raw:
+            path = target.anatomy.in_memory(matrix).name
+            found |= {int(path.removeprefix(begin).split(".", 1)[0])} if path.startswith(begin) else set()
+        else:
+            found.add(max(matrix.layer, 0))
+    return tuple(sorted(found))
+
+
+def _patched(what: str, touched: dict[Matrix, tuple[Operation, ...]], layers: tuple[int, ...], form: Form) -> Verdict:
     operations = [operation for found in touched.values() for operation in found]
     heads = {(operation.matrix, head) for operation in operations for head in operation.heads or ()}
     counted = form_table.counted(len(heads), "head") if heads else f"{len(touched)} matrices"
@@ -264,7 +281,7 @@ def _row(change: str, verdict: Verdict, target: Target, form: Form) -> Row:
 
 
 def _total(what: str, target: Target) -> int:
-    return 1 if what == "embedding" else target.anatomy.layers
+    return 1 if what in OUTSIDE else target.anatomy.layers
 
 
 def _projected(steering: Steering, site: str) -> dict[int, list[Tensor]]:

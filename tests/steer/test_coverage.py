@@ -371,3 +371,15 @@ def test_its_table_has_a_row_per_part() -> None:
     assert list(frame["refused"].isna()) == [False, True]
     assert list(frame["done"]) == [0, 1]
     assert list(Coverage("hook", ()).frame().columns) == list(frame.columns)
+
+
+def test_tensors_by_name_and_what_lies_outside_the_layers_are_counted(tiny_folder):
+    folder = tiny_folder("qwen3")
+    names = ("model.layers.1.mlp.up_proj.weight", "model.layers.1.self_attn.q_norm.weight", "model.norm.weight")
+    shapes = ((64, 48), (16, 1), (48, 1))
+    added = [AddDense(Matrix(-1, name), torch.ones(shape)) for name, shape in zip(names, shapes, strict=True)]
+    head, by_name = coverage(
+        Patch((*added, AddDense(Matrix(-1, "head"), torch.ones(len(tiny.WORDS), 48)))), folder, "patch"
+    ).rows
+    assert (by_name.done, by_name.total, by_name.layers) == (1, 4, (1,)) and by_name.note == "3 matrices"
+    assert (head.done, head.total) == (1, 1)
