@@ -20,7 +20,7 @@ Moe = Annotated[bool, typer.Option("--moe", help="On the mixture-of-experts orga
 
 
 def command(out: Folder = None, moe: Moe = False, seed: Seed = 0, json: Json = False, quiet: Quiet = False) -> None:
-    """Evaluate, steer, edit, verify and report on the bundled organism: about a minute without a GPU or a download."""
+    """Evaluate, steer, edit, verify and report on the bundled organism: a minute and a half without a GPU or a download."""
     from experiments.demo import clear_own, demo
 
     output = Output(json, quiet)

@@ -21,7 +21,7 @@ class Verb:
 
 
 _ALL = (
-    Verb("demo", "steer.cli.demo", "the whole loop on the bundled organism, about a minute"),
+    Verb("demo", "steer.cli.demo", "the whole loop on the bundled organism, a minute and a half"),
     Verb("doctor", "steer.cli.doctor", "versions, devices, back ends, and whether steering does something here"),
     Verb("inspect", "steer.cli.inspect", "what a model is made of and which forms of change fit it; from headers"),
     Verb("generate", "steer.cli.generate", "write replies: to the terminal, or many into a run folder"),
