@@ -1,0 +1,152 @@
+"""Interventions on the routing of a mixture of experts: which experts a token goes to, and with what weight.
+
+With z the router's logits of a token, S the experts that it chooses and w their weights, as the family computes them (after
+its own normalisation and scaling), c the coefficient of the request:
+
+| value | what changes | c |
+|---|---|---|
+| `BiasRouter` | z_e += b_e; then z_e = max z + m for e forced in, min z - m for e forced out; S and w follow | refused unless 1 |
+| `ScaleExperts` | w_e *= 1 + c (beta - 1) for the chosen e that are named; S stays | the effect's share |
+
+`ScaleExperts` is RICE (arXiv 2505.14681), forcing is SteerMoE's rule (arXiv 2509.09660), in float32 whatever the model's
+dtype. Experts that every token passes (shared ones) are no choice and stay as they are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from steer.errors import SteerError
+from steer.phases import check_phase
+
+Expert = tuple[int, int]
+"""Layer and expert, both counted from 0; the expert by its row of the router's matrix."""
+MARGIN = 0.01
+"""How far a forced expert's logit lies beyond all others (SteerMoE's constant)."""
+
+
+@dataclass(frozen=True)
+class ScaleExperts:
+    """Multiply the weights with which chosen experts enter the sum, after the choice.
+
+    Attributes:
+        experts: (layer, expert) pairs, each once.
+        beta: b, at least 0; 1 does nothing at all, 0 takes the experts out of the sum, RICE uses 64.
+        renormalise: divide so that the weights of a token keep their original sum (2.5 on DeepSeek V3, below 1 on OLMoE);
+            RICE's main method does not.
+        phase: when; a word of `steer.phases.PHASES`.
+
+    Raises:
+        SteerError: no expert, one twice or a negative number; beta is negative or not finite; an unknown phase.
+    """
+
+    experts: tuple[Expert, ...]
+    beta: float
+    renormalise: bool = False
+    phase: str = "all"
+    site: ClassVar[str] = "router"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "experts", _pairs(self.experts, "ScaleExperts"))
+        if not self.experts:
+            raise SteerError("ScaleExperts names no expert", "(layer, expert) pairs", "Take them from expert scores: experts=scores.top(2)")  # fmt: skip
+        beta = float(self.beta) + 0.0
+        if not math.isfinite(beta) or beta < 0:
+            raise SteerError(f"beta is {beta}", "a finite number of at least 0", "0 takes the experts out of the sum")
+        object.__setattr__(self, "beta", beta)
+        check_phase(self.phase, None)
+
+    @property
+    def active_layers(self) -> tuple[int, ...]:
+        """Layers with a named expert, increasing."""
+        return tuple(sorted({layer for layer, _ in self.experts}))
+
+    def factor(self, c: float) -> float:
+        """Return 1 + c (beta - 1), what the weights are multiplied by.
+
+        Raises:
+            SteerError: it is negative, which would subtract what an expert writes.
+        """
+        factor = 1.0 + c * (self.beta - 1.0)
+        if factor < 0:
+            raise SteerError(
+                f"coefficient {c:g} with beta {self.beta:g} multiplies weights by {factor:g}",
+                "a factor 1 + c (beta - 1) of at least 0",
+                "Choose another coefficient or another beta",
+            )
+        return factor
+
+    def is_zero(self, c: float) -> bool:
+        """Whether nothing has to be done at coefficient c."""
+        return self.factor(c) == 1
+
+    def in_layer(self, layer: int) -> tuple[int, ...]:
+        """Return the named experts of one layer, increasing."""
+        return tuple(expert for at, expert in self.experts if at == layer)
+
+
+@dataclass(frozen=True)
+class BiasRouter:
+    """Change the router's logits before the experts are chosen.
+
+    Attributes:
+        bias: (layer, expert, b): b is added to the expert's logit; any finite number but 0.
+        force_in: (layer, expert) that every token of the phase chooses: at most as many a layer as a token chooses.
+        force_out: (layer, expert) that no token of the phase chooses: as many a layer as leave enough to choose from.
+        phase: when; a word of `steer.phases.PHASES`.
+
+    Raises:
+        SteerError: nothing is named, something is named twice, a number is negative or not finite, an unknown phase.
+    """
+
+    bias: tuple[tuple[int, int, float], ...] = ()
+    force_in: tuple[Expert, ...] = ()
+    force_out: tuple[Expert, ...] = ()
+    phase: str = "all"
+    site: ClassVar[str] = "router_logits"
+
+    def __post_init__(self) -> None:
+        for name in ("force_in", "force_out"):
+            object.__setattr__(self, name, _pairs(getattr(self, name), f"BiasRouter, {name},"))
+        rows = [(int(layer), int(expert), float(added) + 0.0) for layer, expert, added in self.bias]
+        _pairs([(layer, expert) for layer, expert, _ in rows], "BiasRouter, bias,")
+        wrong = [row for row in rows if not math.isfinite(row[2]) or row[2] == 0]
+        if wrong:
+            raise SteerError(f"BiasRouter adds {wrong[0][2]} to expert {wrong[0][1]} of layer {wrong[0][0]}", "a finite number but 0")  # fmt: skip
+        object.__setattr__(self, "bias", tuple(sorted(rows)))
+        both = sorted(set(self.force_in) & set(self.force_out))
+        if both:
+            raise SteerError(
+                f"BiasRouter forces expert {both[0][1]} of layer {both[0][0]} in and out", "one of the two"
+            )
+        if not (self.bias or self.force_in or self.force_out):
+            raise SteerError("BiasRouter names no expert, so it would do nothing", "bias, force_in or force_out")
+        check_phase(self.phase, None)
+
+    @property
+    def experts(self) -> tuple[Expert, ...]:
+        """Every expert that is named, in order."""
+        return tuple(sorted({(layer, expert) for layer, expert, _ in self.bias} | {*self.force_in, *self.force_out}))
+
+    @property
+    def active_layers(self) -> tuple[int, ...]:
+        """Layers with a named expert, increasing."""
+        return tuple(sorted({layer for layer, _ in self.experts}))
+
+    def is_zero(self, c: float) -> bool:
+        """Never: at coefficient 1, the only one, something is added or forced."""
+        return False
+
+
+def _pairs(pairs: Iterable[Iterable[int]], what: str) -> tuple[Expert, ...]:
+    """Return (layer, expert) pairs in order."""
+    found = [tuple(int(number) for number in pair) for pair in pairs]
+    bad = [pair for pair in found if len(pair) != 2 or min(pair) < 0]
+    if bad:
+        raise SteerError(f"{what} names {bad[0]}", "(layer, expert), both counted from 0")
+    if len(set(found)) < len(found):
+        raise SteerError(f"{what} names an expert twice in {sorted(found)}", "each (layer, expert) once")
+    return tuple(sorted((layer, expert) for layer, expert in found))
