@@ -111,7 +111,7 @@ def read(path: str | Path, model: ModelIdentity | None = None) -> Direction:
         named = reader.get_field("general.architecture")
         architecture = None if named is None else named.contents()
         rows = {tensor.name: _numbers(tensor) for tensor in reader.tensors}
-    except (ValueError, OSError, IndexError, KeyError, NotImplementedError) as error:
+    except (ValueError, OSError, IndexError, KeyError, RuntimeError) as error:
         raise SteerError(
             f"{path} is no GGUF file, or damaged ({error})", "a control vector of llama.cpp or repeng"
         ) from error

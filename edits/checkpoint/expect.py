@@ -63,7 +63,7 @@ def check_expectations(plan: Plan) -> tuple[Differing, ...]:
 
 
 def _check_head(plan: Plan) -> None:
-    """A tied checkpoint may store its head all the same; loading ignores it, so untying must not bring other numbers in."""
+    """A tied checkpoint may store its head all the same, and engines differ in which they take: the two must be equal."""
     if not plan.untie or plan.anatomy is None or (name := head_name(plan.anatomy)) not in plan.headers.tensors:
         return
     head, embedding = (plan.headers.tensors[each] for each in (name, plan.anatomy.disk_name("embedding")))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from edits.merge.plan import plan
+from edits.merge.plan import Plan, plan
 from edits.merge.recipe import read_recipe
 from steer.cli.options import Json, Quiet, Resume, Seed
 from steer.cli.output import Output
@@ -56,15 +56,7 @@ def command(
         raise SteerError(
             f"--seed {seed} was given, and {recipe} has seed {made.recipe.seed}", "one seed", "Take one of them out"
         )
-    report = {
-        "recipe": made.recipe.source,
-        "tensors": made.counts,
-        "bytes_read": made.bytes_read,
-        "bytes_to_write": made.bytes_to_write,
-        "memory": made.memory,
-        "compatibility": made.compatibility.to_dict(),
-        "notes": list(made.notes),
-    }
+    report = _report(made)
     if dry_run:
         output.text(str(made))
         output.result(report | {"checkpoint": None})
@@ -76,6 +68,18 @@ def command(
     for line in done.summary():
         output.text(line)
     output.result(report | {"checkpoint": str(done.path), "survived": done.survived, "notes": done.manifest.notes})
+
+
+def _report(made: Plan) -> dict[str, Any]:
+    return {
+        "recipe": made.recipe.source,
+        "tensors": made.counts,
+        "bytes_read": made.bytes_read,
+        "bytes_to_write": made.bytes_to_write,
+        "memory": made.memory,
+        "compatibility": made.compatibility.to_dict(),
+        "notes": list(made.notes),
+    }
 
 
 def _named(text: str) -> tuple[str, str]:
