@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from edits.merge.plan import Plan, plan
+from edits.merge.plan import MergePlan, plan
 from edits.merge.recipe import read_recipe
 from steer.cli.options import Json, Quiet, Resume, Seed
 from steer.cli.output import Output
@@ -70,7 +70,7 @@ def command(
     output.result(report | {"checkpoint": str(done.path), "survived": done.survived, "notes": done.manifest.notes})
 
 
-def _report(made: Plan) -> dict[str, Any]:
+def _report(made: MergePlan) -> dict[str, Any]:
     return {
         "recipe": made.recipe.source,
         "tensors": made.counts,
