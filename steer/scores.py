@@ -10,11 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -22,6 +20,8 @@ from torch import Tensor
 from steer import artifacts
 from steer.errors import SteerError
 from steer.identity import ModelIdentity, digest
+from steer.ranked import check_count, drawn, html
+from steer.tables import table
 
 if TYPE_CHECKING:
     import pandas
@@ -125,16 +125,7 @@ class HeadScores:
         Raises:
             SteerError: fewer than n heads are left.
         """
-        without = set(exclude)
-        left = sorted(place for place in self.ranked if place not in without)
-        if not 1 <= n <= len(left):
-            raise SteerError(
-                f"{n} random heads were asked for and {len(left)} are left to draw from",
-                f"1 to {len(left)}",
-                "Ask for fewer, or exclude fewer",
-            )
-        drawn = np.random.default_rng(seed).choice(len(left), size=n, replace=False)
-        return tuple(left[index] for index in sorted(drawn.tolist()))
+        return drawn(self.ranked, n, seed, exclude, "heads")
 
     def frame(self) -> pandas.DataFrame:
         """Return one row per scored head, best first: layer, head, score and what else is known.
@@ -142,16 +133,8 @@ class HeadScores:
         Raises:
             SteerError: pandas is not installed.
         """
-        try:
-            library = import_module("pandas")
-        except ModuleNotFoundError as error:
-            raise SteerError(
-                "pandas is not installed",
-                "the extra `notebook`",
-                "Install it: pip install 'reasoning-steer[notebook]'",
-            ) from error
-        table: pandas.DataFrame = library.DataFrame(self.rows())
-        return table
+        rows = self.rows()
+        return table(rows, list(rows[0]))
 
     def rows(self) -> list[dict[str, int | float]]:
         """Return the same table as plain data."""
@@ -163,11 +146,7 @@ class HeadScores:
         ]
 
     def _repr_html_(self) -> str:
-        rows = self.rows()[:10]
-        head = "".join(f"<th>{name}</th>" for name in rows[0])
-        body = "".join("<tr>" + "".join(f"<td>{value:.4g}</td>" for value in row.values()) + "</tr>" for row in rows)
-        more = f"<p>{len(self.ranked) - len(rows)} more heads.</p>" if len(self.ranked) > len(rows) else ""
-        return f"<table><tr>{head}</tr>{body}</table>{more}"
+        return html(self.rows(), "heads")
 
     def plot(self, heads: Iterable[Head] = (), title: str = "Head scores") -> Figure:
         """Draw the map layer × head, blue below zero and red above, with `heads` outlined.
@@ -213,13 +192,7 @@ class HeadScores:
         return {name: value for name in ("values", *_OPTIONAL) if (value := getattr(self, name)) is not None}
 
     def _count(self, n: int) -> int:
-        if not 1 <= n <= len(self.ranked):
-            raise SteerError(
-                f"{n} heads were asked for and {len(self.ranked)} are scored",
-                f"1 to {len(self.ranked)}",
-                "Ask for another number",
-            )
-        return n
+        return check_count(n, len(self.ranked), "heads")
 
     def _known(self, place: Head) -> Head:
         layer, head = place
