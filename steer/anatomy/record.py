@@ -51,13 +51,22 @@ Contributes = Annotated[Contribution, BeforeValidator(_contribution)]
 
 
 class Numbers(_Strict):
-    """Configuration keys under which a model's numbers stand."""
+    """Configuration keys under which a model's numbers stand.
+
+    Attributes:
+        layers, hidden, heads, kv_heads, tied: see `steer.anatomy.resolve.Anatomy`.
+        chosen: of how many experts a token chooses; empty where there are none.
+        groups, chosen_groups: of how many groups the experts lie in, and from how many a token chooses; empty for 1.
+    """
 
     layers: str
     hidden: str
     heads: str
     kv_heads: str
     tied: str
+    chosen: str = ""
+    groups: str = ""
+    chosen_groups: str = ""
 
 
 class ModelParts(_Strict):

@@ -55,6 +55,8 @@ class Anatomy:
         expert_layers: layers that have experts.
         experts: how many each of them has; 0 where there are none.
         expert_width: rows of one expert's gate.
+        chosen: how many experts a token chooses; 0 where there are none, or the record does not say.
+        groups, chosen_groups: how many groups of neighbouring experts there are, and from how many a token chooses.
         stored: names of the tensors that it was found by, as the record spells them -> as they are stored.
         nested: where in config.json the numbers stand: empty, or `text_config.` in one that describes more than the text model.
     """
@@ -76,6 +78,9 @@ class Anatomy:
     expert_layers: tuple[int, ...] = ()
     experts: int = 0
     expert_width: int = 0
+    chosen: int = 0
+    groups: int = 1
+    chosen_groups: int = 1
     stored: Mapping[str, str] = field(default_factory=dict, repr=False)
     nested: str = ""
 
@@ -98,11 +103,13 @@ class Anatomy:
     def site_layers(self, site: str) -> tuple[int, ...]:
         """Return the layers that have a site.
 
-        `mlp_raw` is where there is a dense MLP, `head_out` where there are heads, and `z` where they are as wide as in
+        `mlp_raw` is where there is a dense MLP, `router_logits` and `router` where there are experts, `head_out` where there are heads, and `z` where they are as wide as in
         the first such layer: directions and means at `z` have one width (Gemma 4 has another in its full-attention layers).
         """
         if site == "mlp_raw":
             return self.dense_mlp_layers
+        if site in ("router_logits", "router"):
+            return self.expert_layers
         found = tuple(layer for layer in range(self.layers) if layer not in self.linear_layers)
         if site == "z":
             return tuple(layer for layer in found if self.head_width_of(layer) == self.head_width)
@@ -112,6 +119,8 @@ class Anatomy:
         """Say why a layer does not have a site that others have."""
         if site == "mlp_raw":
             return "has experts"
+        if site in ("router_logits", "router"):
+            return "has no experts"
         if layer in self.linear_layers:
             return "has linear attention"
         return f"has heads of width {self.head_width_of(layer)}, not {self.head_width}"
@@ -320,6 +329,9 @@ def resolve(config: Mapping[str, Any], shapes: Shapes, record: Record | None = N
         expert_layers=expert_layers,
         experts=experts,
         expert_width=width,
+        chosen=_counted(record, config, "chosen", 0) if expert_layers else 0,
+        groups=_counted(record, config, "groups", 1),
+        chosen_groups=_counted(record, config, "chosen_groups", 1),
         stored=stored,
         nested=nested,
     )
@@ -454,6 +466,11 @@ def _number(record: Record, config: Mapping[str, Any], name: str, absent: int | 
             f"Complete the configuration, or put {key} under `defaults` in the record",
         )
     return value
+
+
+def _counted(record: Record, config: Mapping[str, Any], name: str, absent: int) -> int:
+    """A number that not every record names."""
+    return _number(record, config, name, absent) if getattr(record.numbers, name) else absent
 
 
 def _head_width(

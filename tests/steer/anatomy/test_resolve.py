@@ -107,6 +107,31 @@ def test_dense_layers_of_a_mixture_follow_the_configuration(tiny, tiny_folder, l
             anatomy.disk_name("mlp_output", layer)
 
 
+@pytest.mark.parametrize("family", [name for name in TINY if "num_experts_per_tok" in TINY[name]])
+def test_how_many_experts_a_token_chooses(tiny, tiny_folder, family):
+    headers, anatomy = of_folder(tiny_folder(family))
+    ids: list[int] = []
+
+    def took(module, args, output):
+        ids.append(output[1].shape[-1])  # The weights stand in the middle, whatever the family.
+
+    hf, _ = tiny(family)
+    router = anatomy.record.experts.router
+    layer = hf.get_submodule(f"{anatomy.record.model.layers}.{anatomy.expert_layers[0]}.{router}")
+    handle = layer.register_forward_hook(took)
+    hf(torch.tensor([[5, 9, 14]]))
+    handle.remove()
+    assert ids == [anatomy.chosen]  # What the router itself returned.
+    assert (anatomy.groups, anatomy.chosen_groups) == ((2, 1) if family == "deepseek_v3" else (1, 1))
+    key = anatomy.record.numbers.chosen
+    without = {name: value for name, value in headers.config.items() if name != key}
+    assert resolve(without, headers.shapes).chosen == getattr(type(hf.config)(), key)
+
+
+def test_dense_models_choose_no_experts(tiny_folder):
+    assert of_folder(tiny_folder("llama"))[1].chosen == 0
+
+
 def test_contributions(tiny_folder):
     assert of_folder(tiny_folder("llama"))[1].attention_contribution.kind == "identity"
     granite = of_folder(tiny_folder("granite"))[1].mlp_contribution
