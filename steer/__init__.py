@@ -11,12 +11,15 @@ if TYPE_CHECKING:
     from steer.coverage import coverage as coverage
     from steer.directions import Direction as Direction
     from steer.errors import SteerError as SteerError
+    from steer.expert_scores import ExpertScores as ExpertScores
     from steer.generation import Prompt as Prompt
     from steer.generation import Sampling as Sampling
     from steer.identity import ModelIdentity as ModelIdentity
     from steer.interventions import Add as Add
+    from steer.interventions import BiasRouter as BiasRouter
     from steer.interventions import Custom as Custom
     from steer.interventions import ProjectOut as ProjectOut
+    from steer.interventions import ScaleExperts as ScaleExperts
     from steer.interventions import SetComponent as SetComponent
     from steer.model import SteerableModel as SteerableModel
     from steer.model import load as load
@@ -34,9 +37,11 @@ export(
     __name__,
     {
         "Add": "steer.interventions",
+        "BiasRouter": "steer.interventions",
         "Coverage": "steer.coverage",
         "Custom": "steer.interventions",
         "Direction": "steer.directions",
+        "ExpertScores": "steer.expert_scores",
         "HeadScores": "steer.scores",
         "ModelIdentity": "steer.identity",
         "Patch": "steer.patches",
@@ -44,6 +49,7 @@ export(
         "Prompt": "steer.generation",
         "RawText": "steer.prompts",
         "Sampling": "steer.generation",
+        "ScaleExperts": "steer.interventions",
         "SetComponent": "steer.interventions",
         "SteerError": "steer.errors",
         "SteerableModel": "steer.model",

@@ -325,9 +325,10 @@ def ranges(numbers: Iterable[int]) -> str:
 
 def _check_shape(vectors: Tensor, layers: tuple[int, ...], name: str) -> None:
     place = site_named(name)
-    if not place.readable:
+    if not place.has_vectors:
+        why = "where experts are chosen" if place.routing else "which exists in no tensor"
         raise SteerError(
-            f"a direction was given for {name}, which exists in no tensor",
+            f"a direction was given for {name}, {why}",
             "a site that can be read",
             "Use attn_raw, or resid_mid as ThinkEdit does",
         )

@@ -9,6 +9,8 @@ With v the raw vector of a layer, v̂ its unit vector, h an activation and c the
 | `SetComponent` | (s − v̂ᵀh) v̂ | refused unless 1 |
 | `Custom` | f(h, layer) | refused unless 1 |
 
+What is done to the choice of experts has no vector: `ScaleExperts` and `BiasRouter` of `steer.expert_interventions`.
+
 At `z` all of this happens per head. `ProjectOut` at `head_out` names heads and changes what these heads write
 (ThinkEdit, arXiv 2503.22048, Eq. 6); its arithmetic lies in the weights, see `steer.operations.low_rank`.
 """
@@ -26,6 +28,8 @@ from torch import Tensor
 
 from steer.directions import Direction, ranges, unit_vector
 from steer.errors import SteerError
+from steer.expert_interventions import BiasRouter as BiasRouter
+from steer.expert_interventions import ScaleExperts as ScaleExperts
 from steer.phases import check_phase
 from steer.sites import site as site_named
 
@@ -49,7 +53,7 @@ class Add(_InLayers):
 
     Attributes:
         direction: v per layer.
-        site: where; any site but `head_out`.
+        site: where; any site but `head_out` and those of routers.
         coefficient: a, any finite number; 0 does nothing at all.
         layers: some of the direction's layers; None takes all of them.
         phase: when; a word of `steer.phases.PHASES`.
@@ -65,7 +69,7 @@ class Add(_InLayers):
     phase: str = "all"
 
     def __post_init__(self) -> None:
-        _no_head_write(self.site, "Add")
+        _has_vectors(self.site, "Add")
         _settle(self, _layers_of(self.direction, self.layers), "coefficient")
 
     def is_zero(self, c: float) -> bool:
@@ -108,6 +112,7 @@ class ProjectOut(_InLayers):
                 "heads only at head_out",
                 "Leave heads out, or use site='head_out'",
             )
+        _has_vectors(self.site, "ProjectOut")
         return _layers_of(self.direction, self.layers)
 
     def _head_layers(self) -> tuple[int, ...]:
@@ -141,7 +146,7 @@ class SetComponent(_InLayers):
 
     Attributes:
         direction: v per layer, any length but 0.
-        site: where; any site but `head_out`.
+        site: where; any site but `head_out` and those of routers.
         value: s, in units of the activation; at `z` the same for every head.
         layers: some of the direction's layers; None takes all of them.
         phase: when; a word of `steer.phases.PHASES`.
@@ -157,7 +162,7 @@ class SetComponent(_InLayers):
     phase: str = "all"
 
     def __post_init__(self) -> None:
-        _no_head_write(self.site, "SetComponent")
+        _has_vectors(self.site, "SetComponent")
         layers = _layers_of(self.direction, self.layers)
         _settle(self, layers, "value")
         self.direction.refuse_zero(layers, "has no component to set")
@@ -174,7 +179,7 @@ class Custom(_InLayers):
     Attributes:
         function: takes the activation (..., hidden), at `z` (..., heads, head width), in float32 or float64, and the
             layer; returns what is to be added, in the same shape.
-        site: where; any site but `head_out`.
+        site: where; any site but `head_out` and those of routers.
         layers: counted from 0, at least one.
         phase: when; a word of `steer.phases.PHASES`.
 
@@ -188,7 +193,7 @@ class Custom(_InLayers):
     phase: str = "all"
 
     def __post_init__(self) -> None:
-        _no_head_write(self.site, "Custom")
+        _has_vectors(self.site, "Custom")
         layers = tuple(sorted({int(layer) for layer in self.layers}))
         if not layers or layers[0] < 0:
             raise SteerError(f"Custom names the layers {list(self.layers)}", "at least one layer, counted from 0")
@@ -200,23 +205,26 @@ class Custom(_InLayers):
         return False
 
 
-Intervention = Add | ProjectOut | SetComponent | Custom
+Intervention = Add | ProjectOut | SetComponent | Custom | ScaleExperts | BiasRouter
 
 
 def check_coefficient(intervention: Intervention, c: float) -> None:
     """Refuse a request coefficient that has no meaning for the intervention.
 
     Raises:
-        SteerError: c is NaN or infinite, or not 1 for `SetComponent` and `Custom`.
+        SteerError: c is NaN or infinite, not 1 for `SetComponent`, `Custom` and `BiasRouter`, or makes the factor of
+            `ScaleExperts` negative.
     """
     if not math.isfinite(c):
         raise SteerError(f"the coefficient is {c}", "a finite number")
-    if isinstance(intervention, SetComponent | Custom) and c != 1:
+    if isinstance(intervention, SetComponent | Custom | BiasRouter) and c != 1:
         raise SteerError(
             f"{type(intervention).__name__} was asked for with coefficient {c}",
-            "coefficient 1, since setting a value or calling a function has no strength",
+            "coefficient 1, since setting a value, forcing a choice or calling a function has no strength",
             "Leave the coefficient out; leave the intervention out to switch it off",
         )
+    if isinstance(intervention, ScaleExperts):
+        intervention.factor(c)
 
 
 def prepared(
@@ -225,7 +233,7 @@ def prepared(
     """Return the formula with its vectors already on the device: activation in, addition out.
 
     Args:
-        intervention: any but one at `head_out`.
+        intervention: any but one at `head_out`, `router_logits` or `router`.
         layer: one of its active layers.
         c: coefficient of the request.
         dtype: of the activations; float64 is computed in float64, everything else in float32.
@@ -237,9 +245,12 @@ def prepared(
 
     Raises:
         SteerError: c has no meaning for the intervention, or the direction lacks the layer.
-        ValueError: the intervention is at `head_out`, where the change lies in the weights.
+        ValueError: the intervention is at `head_out`, where the change lies in the weights, or at a router, where it is
+            no addition to an activation.
     """
     check_coefficient(intervention, c)
+    if isinstance(intervention, ScaleExperts | BiasRouter):
+        raise ValueError("a change of the choice of experts is no addition to an activation: use steer.routing")
     if intervention.site == "head_out":
         raise ValueError("a change at head_out is made of weights: use steer.operations.low_rank")
     wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -266,7 +277,7 @@ def delta(
     """Return what the intervention adds to h in one layer: the formula that every form shares.
 
     Args:
-        intervention: any but one at `head_out`.
+        intervention: any but one at `head_out`, `router_logits` or `router`.
         layer: one of its active layers.
         h: activations (..., hidden), at `z` (..., heads, head width), any floating dtype.
         c: coefficient of the request.
@@ -285,8 +296,15 @@ def _along(h: Float[Tensor, "*batch width"], unit: Float[Tensor, "*heads width"]
     return along.unsqueeze(-1)
 
 
-def _no_head_write(site: str, name: str) -> None:
-    if not site_named(site).readable:
+def _has_vectors(site: str, name: str) -> None:
+    place = site_named(site)
+    if place.routing:
+        raise SteerError(
+            f"{name} was asked for at {site}, where experts are chosen",
+            "a site whose values are activations",
+            "Use ScaleExperts or BiasRouter there; mlp_out is what the experts write together",
+        )
+    if not place.readable:
         raise SteerError(
             f"{name} was asked for at {site}, which is never a tensor of its own",
             "ProjectOut there, or another site",

@@ -8,6 +8,8 @@
 | `z` | input of the attention output projection | heads, head width |
 | `head_out` | `W_O[:, h] z_h`, one head's write; never materialised | hidden |
 | `attn_raw`, `mlp_raw` | what the output projection returns | hidden |
+| `router_logits` | what experts are chosen by | experts |
+| `router` | the chosen experts and their weights, see `steer.routing.Routing` | chosen |
 | `attn_out`, `mlp_out` | what is added to the residual, after post-norm and multiplier | hidden |
 """
 
@@ -26,13 +28,20 @@ class Site:
         name: the word used in code, command line, files and documents.
         order: rank in the forward pass of a layer; writes happen in this order.
         per_head: whether values have shape (heads, head width) instead of (hidden,).
-        readable: whether its value exists as a tensor; `head_out` is never materialised.
+        readable: whether its value exists as one tensor; `head_out` is never materialised, `router` is two tensors.
+        routing: whether it is about the choice of experts, so that no vector of the stream belongs there.
     """
 
     name: str
     order: int
     per_head: bool = False
     readable: bool = True
+    routing: bool = False
+
+    @property
+    def has_vectors(self) -> bool:
+        """Whether a token has one vector there, of the stream or per head, to be averaged, added or projected out."""
+        return self.readable and not self.routing
 
 
 _ALL = (
@@ -42,9 +51,11 @@ _ALL = (
     Site("attn_raw", 3),
     Site("attn_out", 4),
     Site("resid_mid", 5),
-    Site("mlp_raw", 6),
-    Site("mlp_out", 7),
-    Site("resid_post", 8),
+    Site("router_logits", 6, routing=True),
+    Site("router", 7, readable=False, routing=True),
+    Site("mlp_raw", 8),
+    Site("mlp_out", 9),
+    Site("resid_post", 10),
 )
 SITES: dict[str, Site] = {site.name: site for site in _ALL}
 

@@ -52,11 +52,11 @@ class SpanMeans:
         if not self.sites:
             raise SteerError("no site was asked for", "at least one, such as resid_mid")
         for name in self.sites:
-            if not known_site(name).readable:
+            if not known_site(name).has_vectors:
                 raise SteerError(
-                    f"the site {name!r} is never materialised",
-                    "a site that exists as a tensor",
-                    "Read z and use head scores, or read attn_raw",
+                    f"the site {name!r} has no vector per token",
+                    "a site whose values are activations",
+                    "Read z and use head scores, or read attn_raw; for routers use RouterCounts",
                 )
 
     def options(self) -> dict[str, object]:

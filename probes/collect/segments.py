@@ -65,8 +65,8 @@ class SegmentMeans:
                 "at least one position, and a site or final=True",
             )
         for name in self.sites:
-            if not known_site(name).readable:
-                raise SteerError(f"the site {name!r} is never materialised", "a site that exists as a tensor")
+            if not known_site(name).has_vectors:
+                raise SteerError(f"the site {name!r} has no vector per token", "a site whose values are activations")
 
     def options(self) -> dict[str, object]:
         """Return the fields as plain data."""

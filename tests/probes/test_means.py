@@ -148,7 +148,7 @@ def steering(summary: probes.Summary):  # type: ignore[no-untyped-def]
 def test_unknown_sites_and_spans_are_refused() -> None:
     with pytest.raises(SteerError, match="no site 'resid'"):
         SpanMeans(("resid",))
-    with pytest.raises(SteerError, match="never materialised"):
+    with pytest.raises(SteerError, match="no vector per token"):
         SpanMeans(("head_out",))
     with pytest.raises(SteerError, match="no span 'thoughts'"):
         SpanMeans(("z",), ("thoughts",))

@@ -161,7 +161,7 @@ def test_overflow_is_refused() -> None:
     refused(lambda: Direction(torch.full((1, 4), 1e300, dtype=torch.float64), (0,), "resid_mid"), "infinity")
 
 
-@pytest.mark.parametrize("site", ["router", "router_logits", "resid", "", "Z"])
+@pytest.mark.parametrize("site", ["routers", "resid", "", "Z"])
 def test_an_unknown_site_is_refused(site: str) -> None:
     refused(lambda: Direction(torch.ones(1, 4), (0,), site), "no site", "resid_post")
 
@@ -291,7 +291,7 @@ def test_a_made_up_file_is_refused(tmp_path: Path) -> None:
         ({"vectors": vectors}, good | {"content": {"layers": ["0", "1"]}}, "layers"),
         ({"vectors": vectors}, good | {"content": {"layers": [0, True]}}, "layers"),
         ({"vectors": vectors}, good | {"content": {"layers": [0]}}, "2 vectors"),
-        ({"vectors": vectors}, good | {"site": "router"}, "no site"),
+        ({"vectors": vectors}, good | {"site": "router"}, "experts are chosen"),
         ({"vectors": vectors}, good | {"model": {"name": "x"}}, "model identity"),
         ({"vectors": vectors * math.nan}, good, "NaN"),
     ]

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from steer.directions import Direction
+from steer.expert_interventions import BiasRouter, ScaleExperts
 from steer.interventions import Add, Custom, Intervention, ProjectOut, SetComponent, check_coefficient, delta, prepared
 from steer.phases import PHASES
 from steer.sites import SITES
@@ -222,8 +223,10 @@ MAKERS: list[Callable[..., Intervention]] = [
 @pytest.mark.parametrize("maker", MAKERS)
 def test_what_all_three_refuse(maker: Callable[..., Intervention]) -> None:
     d = direction()
-    refused(lambda: maker(d, "router"), "no site 'router'")
-    refused(lambda: maker(d, "router_logits"), "no site 'router_logits'")
+    refused(lambda: maker(d, "routing"), "no site 'routing'")
+    for routing in ("router", "router_logits"):
+        refused(lambda routing=routing: maker(d, routing), f"at {routing}", "BiasRouter")
+        refused(lambda routing=routing: direction(site=routing), routing, "experts are chosen")
     refused(lambda: maker(d, "attn_out", phase="later"), "phase 'later'", *PHASES)
     refused(lambda: maker(d, "attn_out", layers=(1, 3)), "layer 3", "1-2, 5")
     refused(lambda: maker(d, "attn_out", layers=()), "no layers")
@@ -242,7 +245,7 @@ def test_layers_have_one_form(maker: Callable[..., Intervention]) -> None:
     assert maker(d, "attn_out") != maker(direction(1), "attn_out")
 
 
-@pytest.mark.parametrize("site", [name for name in SITES if name not in ("z", "head_out")])
+@pytest.mark.parametrize("site", [name for name, place in SITES.items() if place.has_vectors and name != "z"])
 def test_a_direction_may_be_used_at_every_site_of_its_width(site: str) -> None:
     for maker in MAKERS:
         assert maker(direction(site="resid_mid"), site).site == site
@@ -295,10 +298,25 @@ def test_a_zero_vector_has_no_unit() -> None:
     assert not delta(Add(d, "attn_out"), 2, torch.ones(1, HIDDEN)).any()
 
 
+def test_what_is_done_to_a_router_has_a_coefficient_but_no_addition() -> None:
+    scaled, biased = ScaleExperts(((1, 0), (1, 2)), 4.0), BiasRouter(force_in=((1, 0),))
+    for c in (0.0, 1.0, 2.0, -1 / 3):
+        check_coefficient(scaled, c)
+    refused(lambda: check_coefficient(scaled, -0.5), "multiplies weights by -0.5")
+    check_coefficient(biased, 1.0)
+    refused(lambda: check_coefficient(biased, 0.5), "BiasRouter", "coefficient 1")
+    for intervention in (scaled, biased):
+        refused(lambda intervention=intervention: check_coefficient(intervention, math.nan), "finite")
+        for formula in (prepared, delta):
+            given: Any = torch.float32 if formula is prepared else torch.zeros(1, HIDDEN)
+            with pytest.raises(ValueError, match="no addition to an activation"):
+                formula(intervention, 1, *((1.0, given) if formula is prepared else (given,)))
+
+
 def test_custom_names_its_layers() -> None:
     refused(lambda: Custom(lambda h, layer: h, "attn_out", ()), "layers")
     refused(lambda: Custom(lambda h, layer: h, "attn_out", (-1,)), "from 0")
-    refused(lambda: Custom(lambda h, layer: h, "router", (0,)), "no site")
+    refused(lambda: Custom(lambda h, layer: h, "router", (0,)), "experts are chosen")
     refused(lambda: Custom(lambda h, layer: h, "attn_out", (0,), phase="soon"), "no phase")
     assert Custom(lambda h, layer: h, "attn_out", (4, 0, 4)).active_layers == (0, 4)
 

@@ -270,7 +270,7 @@ def test_defaults_may_be_left_out(saved: Path) -> None:
         ("coefficient: 0.5", "weight: 0.5", ("'weight'",)),
         ("coefficient: 0.5", "coefficient: .nan", ("coefficient is nan",)),
         ("coefficient: 0.5", "coefficient: 1e-3", ("1.0e-3",)),
-        ("site: attn_out", "site: router", ("no site 'router'",)),
+        ("site: attn_out", "site: router", ("experts are chosen",)),
         ("  site: attn_out\n", "", ("lacks site",)),
         ("phase: thinking", "phase: thinkin", ("no phase 'thinkin'",)),
         ("layers: [1, 2]", "layers: [1, 3]", ("layer 3", "1-2, 5")),
