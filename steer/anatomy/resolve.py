@@ -103,8 +103,9 @@ class Anatomy:
     def site_layers(self, site: str) -> tuple[int, ...]:
         """Return the layers that have a site.
 
-        `mlp_raw` is where there is a dense MLP, `router_logits` and `router` where there are experts, `head_out` where there are heads, and `z` where they are as wide as in
-        the first such layer: directions and means at `z` have one width (Gemma 4 has another in its full-attention layers).
+        `mlp_raw` is where there is a dense MLP, `router_logits` and `router` where there are experts, `head_out` where there
+        are heads, and `z` where they are as wide as in the first such layer: directions and means at `z` have one width
+        (Gemma 4 has another in its full-attention layers).
         """
         if site == "mlp_raw":
             return self.dense_mlp_layers
