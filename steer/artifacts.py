@@ -24,7 +24,7 @@ from steer.files import replacing
 from steer.identity import ModelIdentity, canonical, digest, known_keys
 
 FORMAT_VERSION = 1
-KINDS = ("direction", "scores", "steering", "patch", "summary", "sae")
+KINDS = ("direction", "scores", "expert_scores", "steering", "patch", "summary", "sae")
 GIVEN = ("model", "site", "convention", "data_hash", "data_count", "options", "seed", "parents", "content")
 FILLED = ("format_version", "kind", "code_version", "dtype", "tensors_id")
 PROVENANCE = FILLED + GIVEN

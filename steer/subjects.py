@@ -127,6 +127,7 @@ def load_change(path: Path, model: str | None = None, anatomy: str | Path | None
     remedies = {
         "direction": "Make a steering of it: Steering((Add(direction, site='attn_out', coefficient=0.05),)).save('name.yaml')",
         "scores": "Make a patch of it: steer patch thinkedit",
+        "expert_scores": "Make a patch of it: steer patch experts",
     }
     raise SteerError(
         f"{path} is of kind {kind!r}, which does nothing by itself",
