@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,8 +16,7 @@ from steer.interventions import Add
 from steer.steering import Steering
 from steer.traces import Traces
 from tests.probes import made
-
-Call = Callable[..., dict[str, Any]]
+from tests.steer.cli.probe.conftest import Call
 
 
 def graded(count: int = 16, samples: int = 3) -> Traces:
@@ -33,19 +30,6 @@ def graded(count: int = 16, samples: int = 3) -> Traces:
 def run(tmp_path: Path) -> Path:
     graded().save(tmp_path / "run")
     return tmp_path / "run"
-
-
-@pytest.fixture
-def steer(capsys: pytest.CaptureFixture[str]) -> Call:
-    """Run a verb with --json, check its status, and return its object."""
-
-    def call(*arguments: object, status: int = 0) -> dict[str, Any]:
-        capsys.readouterr()
-        assert app.run([*map(str, arguments), "--json"]) == status
-        found: dict[str, Any] = json.loads(capsys.readouterr().out)
-        return found["error"] if status else found
-
-    return call
 
 
 @pytest.fixture

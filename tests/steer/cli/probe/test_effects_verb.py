@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,22 +18,15 @@ from steer.sampling import Sampling
 from steer.traces import Traces
 from tests.probes import made as common
 from tests.probes.effects import made
+from tests.steer.cli.probe.conftest import Call
 
-Call = Callable[..., dict[str, Any]]
 BRIEF = ("--limit", 4, "--max-new-tokens", 40)
 
 
 @pytest.fixture
-def steer(capsys: pytest.CaptureFixture[str]) -> Call:
-    """Run the verb with --json, check its status, and return its object."""
-
-    def call(*arguments: object, status: int = 0) -> dict[str, Any]:
-        capsys.readouterr()
-        assert app.run(["probe", "effects", *map(str, arguments), "--json"]) == status
-        found: dict[str, Any] = json.loads(capsys.readouterr().out)
-        return found["error"] if status else found
-
-    return call
+def steer(steer: Call) -> Call:
+    """Run the verb, as `steer` of the folder runs any."""
+    return partial(steer, "probe", "effects")
 
 
 @pytest.fixture(scope="module")

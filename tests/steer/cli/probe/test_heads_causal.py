@@ -2,31 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from steer.cli import app
 from steer.head_lists import parse_heads
 from tests.probes import made
-
-Call = Callable[..., dict[str, Any]]
-
-
-@pytest.fixture
-def steer(capsys: pytest.CaptureFixture[str]) -> Call:
-    """Run a verb with --json, check its status, and return its object."""
-
-    def call(*arguments: object, status: int = 0) -> dict[str, Any]:
-        capsys.readouterr()
-        assert app.run([*map(str, arguments), "--json"]) == status
-        found: dict[str, Any] = json.loads(capsys.readouterr().out)
-        return found["error"] if status else found
-
-    return call
+from tests.steer.cli.probe.conftest import Call
 
 
 def test_the_best_heads_are_patched_and_printed_as_a_list(

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -20,27 +18,13 @@ from steer.scores import HeadScores
 from steer.steering import Steering
 from steer.subjects import open_subject
 from tests.probes import made
-
-Call = Callable[..., dict[str, Any]]
+from tests.steer.cli.probe.conftest import Call
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     made.traces(12).save(tmp_path / "run")
     return tmp_path / "run"
-
-
-@pytest.fixture
-def steer(capsys: pytest.CaptureFixture[str]) -> Call:
-    """Run a verb with --json, check its status, and return its object."""
-
-    def call(*arguments: object, status: int = 0) -> dict[str, Any]:
-        capsys.readouterr()
-        assert app.run([*map(str, arguments), "--json"]) == status
-        found: dict[str, Any] = json.loads(capsys.readouterr().out)
-        return found["error"] if status else found
-
-    return call
 
 
 @pytest.fixture

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,21 +16,7 @@ from steer.cli import app
 from steer.subjects import open_subject
 from steer.traces import Traces
 from tests.probes import made
-
-Call = Callable[..., dict[str, Any]]
-
-
-@pytest.fixture
-def steer(capsys: pytest.CaptureFixture[str]) -> Call:
-    """Run a verb with --json, check its status, and return its object."""
-
-    def call(*arguments: object, status: int = 0) -> dict[str, Any]:
-        capsys.readouterr()
-        assert app.run([*map(str, arguments), "--json"]) == status
-        found: dict[str, Any] = json.loads(capsys.readouterr().out)
-        return found["error"] if status else found
-
-    return call
+from tests.steer.cli.probe.conftest import Call
 
 
 @pytest.fixture
