@@ -3,24 +3,42 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from steer import expert_range
 from steer.anatomy.resolve import Anatomy
 from steer.directions import Direction, ranges
 from steer.errors import SteerError
+from steer.expert_interventions import Expert
 from steer.identity import ModelIdentity, canonical, check_same, digest, mix
-from steer.interventions import Add, Custom, Intervention, ProjectOut, SetComponent, check_coefficient
+from steer.interventions import (
+    Add,
+    BiasRouter,
+    Custom,
+    Intervention,
+    ProjectOut,
+    ScaleExperts,
+    SetComponent,
+    check_coefficient,
+)
 
-KINDS: dict[str, type[Add] | type[ProjectOut] | type[SetComponent]] = {
+Directed = Add | ProjectOut | SetComponent
+Savable = Directed | ScaleExperts | BiasRouter
+KINDS: dict[str, type[Savable]] = {
     "add": Add,
     "project_out": ProjectOut,
     "set_component": SetComponent,
+    "scale_experts": ScaleExperts,
+    "bias_router": BiasRouter,
 }
-STRENGTH = {Add: "coefficient", ProjectOut: "weight"}
+STRENGTH = {Add: "coefficient", ProjectOut: "weight", ScaleExperts: "beta"}
+MOST = 12
+"""Experts that a sentence names before it only counts."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +85,7 @@ class Steering:
         """Every direction once, in order of first use."""
         found: dict[Direction, None] = {}
         for intervention in self.interventions:
-            if not isinstance(intervention, Custom):
+            if isinstance(intervention, Directed):
                 found[intervention.direction] = None
         return tuple(found)
 
@@ -87,7 +105,7 @@ class Steering:
 
     @cached_property
     def vectors_id(self) -> str:
-        """The fingerprint without coefficients and weights: what has to be loaded once to serve every strength.
+        """The fingerprint without coefficients, weights and beta: what has to be loaded once to serve every strength.
 
         Raises:
             SteerError: a `Custom` intervention takes part.
@@ -97,15 +115,15 @@ class Steering:
     def _hash(self, strength: bool) -> str:
         rows = []
         for intervention in self.savable("has no fingerprint"):
-            row = as_json(intervention) | {
-                "direction": intervention.direction.only(intervention.active_layers).fingerprint
-            }
+            row = as_json(intervention)
+            if isinstance(intervention, Directed):
+                row["direction"] = intervention.direction.only(intervention.active_layers).fingerprint
             if not strength:
                 row.pop(STRENGTH.get(type(intervention), ""), None)
             rows.append(row)
         return digest([canonical(rows).encode()])
 
-    def savable(self, otherwise: str) -> list[Add | ProjectOut | SetComponent]:
+    def savable(self, otherwise: str) -> list[Savable]:
         """Return the interventions where all can be written down.
 
         Args:
@@ -118,7 +136,7 @@ class Steering:
         if len(savable) < len(self.interventions):
             raise SteerError(
                 f"the steering holds a Custom function, so it {otherwise}",
-                "Add, ProjectOut or SetComponent",
+                "interventions that can be written down",
                 "Use it as a hook within one program only",
             )
         return savable
@@ -126,8 +144,11 @@ class Steering:
     def scaled(self, c: float) -> Steering:
         """Return the steering with the request coefficient c multiplied into every coefficient and weight.
 
+        The beta of `ScaleExperts` becomes 1 + c (beta - 1).
+
         Raises:
-            SteerError: c is not finite, or not 1 where a `SetComponent` or `Custom` takes part.
+            SteerError: c is not finite, not 1 where a `SetComponent`, `BiasRouter` or `Custom` takes part, or makes a
+                beta negative.
         """
         changed = []
         for intervention in self.interventions:
@@ -136,6 +157,8 @@ class Steering:
                 intervention = replace(intervention, coefficient=c * intervention.coefficient)
             elif isinstance(intervention, ProjectOut):
                 intervention = replace(intervention, weight=c * intervention.weight)
+            elif isinstance(intervention, ScaleExperts):
+                intervention = replace(intervention, beta=intervention.factor(c))
             changed.append(intervention)
         return replace(self, interventions=tuple(changed))
 
@@ -143,18 +166,19 @@ class Steering:
         """Refuse a model that the steering does not fit; warn when only its weights differ.
 
         Args:
-            anatomy: counts layers and heads, and knows hidden size and head width.
+            anatomy: counts layers, heads and experts, and knows hidden size and head width.
             identity: of the model at hand, where known.
 
         Raises:
-            SteerError: another shape, or a layer, a head or a width out of range.
+            SteerError: another shape; a layer, a head, an expert or a width out of range; experts of a layer that has
+                none; more experts forced in, or left after forcing out, than a token can choose.
         """
         check_same(self.model, identity, f"the steering {self.name!r}" if self.name else "the steering")
         for intervention in self.interventions:
             _check_range(intervention, anatomy)
 
     def save(self, path: str | Path, overwrite: bool = False) -> Path:
-        """Write `name.yaml` and `name.safetensors` side by side and return the first path.
+        """Write `name.yaml` and, where there are directions, `name.safetensors` beside it; return the first path.
 
         Raises:
             SteerError: another suffix, a file that exists, or a `Custom` intervention.
@@ -175,7 +199,7 @@ class Steering:
         return loaded
 
 
-def as_json(intervention: Add | ProjectOut | SetComponent) -> dict[str, Any]:
+def as_json(intervention: Savable) -> dict[str, Any]:
     """Return everything but the direction."""
     values = {
         field.name: getattr(intervention, field.name) for field in fields(intervention) if field.name != "direction"
@@ -191,10 +215,25 @@ def sentence(intervention: Intervention) -> str:
     parts = [f"{type(intervention).__name__} at {intervention.site}", f"layers {ranges(intervention.active_layers)}"]
     if isinstance(intervention, ProjectOut) and intervention.heads:
         parts[1] = "heads " + " ".join(f"{layer}.{head}" for layer, head in intervention.heads)
+    if isinstance(intervention, ScaleExperts):
+        parts[1:] = [_experts("experts", intervention.experts), f"beta {intervention.beta:g}"]
+        parts += ["renormalised"] * intervention.renormalise
+    if isinstance(intervention, BiasRouter):
+        added = [f"{layer}.{expert} {number:+g}" for layer, expert, number in intervention.bias]
+        said = ("bias " + " ".join(added)) if len(added) <= MOST else f"bias of {len(added)} experts"
+        forced = [("forced in", intervention.force_in), ("forced out", intervention.force_out)]
+        parts[1:] = [said] * bool(added) + [_experts(word, pairs) for word, pairs in forced if pairs]
     for name in ("coefficient", "weight", "value"):
         if hasattr(intervention, name):
             parts.append(f"{name} {getattr(intervention, name):g}")
     return ", ".join([*parts, f"phase {intervention.phase}"] if intervention.phase != "all" else parts)
+
+
+def _experts(word: str, pairs: Sequence[Expert]) -> str:
+    """Name experts; many are counted."""
+    if len(pairs) > MOST:
+        return f"{word} {len(pairs)} in layers {ranges({layer for layer, _ in pairs})}"
+    return f"{word} " + " ".join(f"{layer}.{expert}" for layer, expert in pairs)
 
 
 def _plain(value: object) -> object:
@@ -217,7 +256,9 @@ def _check_range(intervention: Intervention, anatomy: Anatomy) -> None:
                     f"heads 0 to {anatomy.heads - 1} of this model",
                     "Choose other heads",
                 )
-    if not isinstance(intervention, Custom):
+    if isinstance(intervention, ScaleExperts | BiasRouter):
+        expert_range.check(intervention, anatomy, what)
+    elif not isinstance(intervention, Custom):
         expected = (anatomy.heads, anatomy.head_width) if intervention.site == "z" else (anatomy.hidden,)
         if intervention.direction.width != expected:
             raise SteerError(

@@ -1,7 +1,8 @@
 """The file form of a steering: `name.yaml` for the reader, `name.safetensors` for the vectors.
 
 The first may be edited by hand (another coefficient, fewer layers); it holds the hash of the second, so the two cannot
-be mixed up. See docs/values.md for an example.
+be mixed up. Where no intervention has a direction there is no second file, and the hash is null. See docs/values.md for
+an example.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ from steer.errors import SteerError
 from steer.files import refuse_existing, write_text
 from steer.identity import ModelIdentity, known_keys
 from steer.interventions import Intervention
-from steer.steering import KINDS, Steering, as_json
+from steer.steering import KINDS, Directed, Steering, as_json
 
 FORMAT_VERSION = 1
 _KEYS = ("format_version", "kind", "name", "model", "vectors", "interventions")
 
 
 def save(steering: Steering, path: Path, overwrite: bool = False) -> Path:
-    """Write both files and return the path of the first.
+    """Write both files, or the first where there are no directions, and return its path.
 
     The vectors are written first: a run that is cut between the two leaves an old .yaml, whose hash then refuses the
     new vectors.
@@ -39,21 +40,22 @@ def save(steering: Steering, path: Path, overwrite: bool = False) -> Path:
     vectors = path.with_suffix(".safetensors")
     directions = list(steering.directions)
     rows = [
-        as_json(each) | {"direction": directions.index(each.direction)} for each in steering.savable("cannot be saved")
+        as_json(each) | ({"direction": directions.index(each.direction)} if isinstance(each, Directed) else {})
+        for each in steering.savable("cannot be saved")
     ]
-    for target in (path, vectors):
+    for target in (path, *([vectors] if directions else [])):
         refuse_existing(target, overwrite)
     tensors = {str(index): direction.vectors for index, direction in enumerate(directions)}
-    content = {"directions": [{**direction.provenance, **describe(direction)} for direction in directions]}
-    artifacts.write(
-        vectors, "steering", tensors, artifacts.provenance(model=steering.model, content=content), overwrite
-    )
+    if tensors:
+        content = {"directions": [{**direction.provenance, **describe(direction)} for direction in directions]}
+        story = artifacts.provenance(model=steering.model, content=content)
+        artifacts.write(vectors, "steering", tensors, story, overwrite)
     document = {
         "format_version": FORMAT_VERSION,
         "kind": "steering",
         "name": steering.name,
         "model": None if steering.model is None else steering.model.to_dict(),
-        "vectors": artifacts.tensors_id(tensors),
+        "vectors": artifacts.tensors_id(tensors) if tensors else None,
         "interventions": rows,
     }
     write_text(
@@ -88,7 +90,8 @@ def load(path: Path) -> Steering:
             "a text `name` and a list `interventions`",
             "Save the steering again",
         )
-    directions = _stored_directions(path.with_suffix(".safetensors"), document["vectors"])
+    stored = document["vectors"]
+    directions = [] if stored is None else _stored_directions(path.with_suffix(".safetensors"), stored)
     model = None if document["model"] is None else ModelIdentity.from_dict(document["model"])
     interventions = tuple(
         _intervention(row, directions, f"intervention {number} of {where}") for number, row in enumerate(rows)
@@ -110,17 +113,19 @@ def _intervention(row: object, directions: list[Direction], where: str) -> Inter
     missing = [name for name, field in allowed.items() if field.default is MISSING and name not in row]
     if missing:
         raise SteerError(f"{where} lacks {', '.join(missing)}", "every key without a default", "Add it")
-    number = row["direction"]
-    if type(number) is not int or not 0 <= number < len(directions):
-        raise SteerError(
-            f"{where} names direction {yaml_text.short(number)}",
-            f"a number from 0 to {len(directions) - 1}",
-            "Save the steering again",
-        )
     values: dict[str, Any] = {
         name: yaml_text.typed(row[name], name, where) for name in row if name not in ("kind", "direction")
     }
-    return made(directions[number], **values)
+    if "direction" in allowed:
+        values["direction"] = _direction(row["direction"], directions, where)
+    return made(**values)
+
+
+def _direction(number: object, directions: list[Direction], where: str) -> Direction:
+    if type(number) is not int or not 0 <= number < len(directions):
+        expected = f"a number from 0 to {len(directions) - 1}" if directions else "vectors, and this file has none"
+        raise SteerError(f"{where} names direction {yaml_text.short(number)}", expected, "Save the steering again")
+    return directions[number]
 
 
 def _stored_directions(path: Path, expected: object) -> list[Direction]:

@@ -81,9 +81,15 @@ def _layers(value: object) -> bool:
     return isinstance(value, list) and all(type(item) is int for item in value)
 
 
-def _heads(value: object) -> bool:
+def _pairs(value: object) -> bool:
     return isinstance(value, list) and all(
         isinstance(item, list) and len(item) == 2 and _layers(item) for item in value
+    )
+
+
+def _biases(value: object) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(item, list) and len(item) == 3 and _layers(item[:2]) and _number(item[2]) for item in value
     )
 
 
@@ -94,7 +100,13 @@ _TYPES: dict[str, tuple[Callable[[object], bool], str]] = {
     "weight": (_number, "a number"),
     "value": (_number, "a number"),
     "layers": (_layers, "a list of layer numbers"),
-    "heads": (_heads, "a list of [layer, head] pairs"),
+    "heads": (_pairs, "a list of [layer, head] pairs"),
+    "experts": (_pairs, "a list of [layer, expert] pairs"),
+    "force_in": (_pairs, "a list of [layer, expert] pairs"),
+    "force_out": (_pairs, "a list of [layer, expert] pairs"),
+    "bias": (_biases, "a list of [layer, expert, number]"),
+    "beta": (_number, "a number"),
+    "renormalise": (lambda value: type(value) is bool, "true or false"),
 }
 
 

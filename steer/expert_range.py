@@ -1,0 +1,71 @@
+"""Whether a model has the experts that an intervention names, and can choose as it says."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from steer.anatomy.resolve import Anatomy
+from steer.directions import ranges
+from steer.errors import SteerError
+from steer.expert_interventions import BiasRouter, ScaleExperts
+
+
+def check(intervention: ScaleExperts | BiasRouter, anatomy: Anatomy, what: str) -> None:
+    """Refuse experts that are not there, and choices that no token can make.
+
+    Args:
+        intervention: what is done to a router.
+        anatomy: of the model; how many experts a token chooses is unknown (0) where the user's own record does not say.
+        what: the intervention, as messages call it.
+
+    Raises:
+        SteerError: see above.
+    """
+    if not anatomy.expert_layers:
+        raise SteerError(
+            f"{what} names experts, and this {anatomy.family} model has none in plain tensors",
+            "a mixture of experts",
+            "Use Add, ProjectOut or SetComponent; `steer inspect MODEL` says what a model is made of",
+        )
+    for layer, expert in intervention.experts:
+        if layer not in anatomy.expert_layers:
+            raise SteerError(
+                f"{what} names expert {expert} of layer {layer}, which has no experts",
+                f"layers with experts: {ranges(anatomy.expert_layers)}",
+                "Choose other layers",
+            )
+        if expert >= anatomy.experts:
+            raise SteerError(
+                f"{what} names expert {expert} of layer {layer}",
+                f"experts 0 to {anatomy.experts - 1} of this model",
+                "Choose other experts",
+            )
+    if isinstance(intervention, BiasRouter) and anatomy.chosen:
+        _check_forced(intervention, anatomy)
+
+
+def _check_forced(bias: BiasRouter, anatomy: Anatomy) -> None:
+    """Refuse more experts forced in than a token chooses, or from more groups, and fewer left than it chooses."""
+    size = anatomy.experts // anatomy.groups
+    groups = Counter(layer for layer, _ in {(layer, expert // size) for layer, expert in bias.force_in})
+    forced_in = Counter(layer for layer, _ in bias.force_in)
+    forced_out = Counter(layer for layer, _ in bias.force_out)
+    for layer in bias.active_layers:
+        if forced_in[layer] > anatomy.chosen:
+            raise SteerError(
+                f"BiasRouter forces {forced_in[layer]} experts of layer {layer} in",
+                f"at most the {anatomy.chosen} that a token chooses",
+                "Force fewer in, or add a bias, which only prefers",
+            )
+        if groups[layer] > anatomy.chosen_groups:
+            raise SteerError(
+                f"BiasRouter forces experts of {groups[layer]} groups of layer {layer} in",
+                f"experts of at most {anatomy.chosen_groups} of its {anatomy.groups} groups, from which a token chooses",
+                f"A group is {size} neighbouring experts: force experts of fewer groups in, or add a bias, which only prefers",
+            )
+        if anatomy.experts - forced_out[layer] < anatomy.chosen:
+            raise SteerError(
+                f"BiasRouter forces {forced_out[layer]} of {anatomy.experts} experts of layer {layer} out",
+                f"at least the {anatomy.chosen} left that a token chooses",
+                "Force fewer out",
+            )
