@@ -7,10 +7,13 @@ With v the direction of a layer, v̂ its unit vector, a and w the strengths, W a
     ProjectOut at attn_raw, attn_out, mlp_raw, mlp_out   W, b <- (I - w v̂v̂ᵀ) W, (I - w v̂v̂ᵀ) b
     ProjectOut at head_out                            W[:, columns of the heads] <- (I - w v̂v̂ᵀ) W[:, columns of the heads]
     ProjectOut at resid_pre of layer 0                E <- E (I - w v̂v̂ᵀ), for the embedding E (vocab, hidden)
+    ScaleExperts at router                            W, b <- beta W, beta b of the down projections of its experts
 
 In a layer with experts the output is a sum of weighted outputs, so projecting every expert's down projection (bias
 too) and the shared expert's projects the sum, whatever the weights. Adding a vector is another matter: added to every
-expert it arrives times the sum of the weights, so only where that sum is always the same number can it be said.
+expert it arrives times the sum of the weights, so only where that sum is always the same number can it be said. The
+weight w of one expert multiplies its output W h + b, and (beta w)(W h + b) = w (beta W h + beta b): bit by bit where
+beta is a power of two and nothing leaves the range of the dtype.
 
 Operations stand in the order in which the hooks act: along the forward pass, then as the steering lists them. So a
 projection at `attn_out` also takes out of the bias what an addition at `attn_raw` put there.
@@ -31,8 +34,8 @@ from steer.anatomy.slots import Matrix
 from steer.directions import Direction
 from steer.errors import SteerError
 from steer.identity import ModelIdentity
-from steer.interventions import Add, Intervention, ProjectOut
-from steer.operations import AddBias, Operation, ProjectColumns
+from steer.interventions import Add, Intervention, ProjectOut, ScaleExperts
+from steer.operations import AddBias, Operation, ProjectColumns, Scale
 from steer.sites import site
 from steer.steering import Steering
 from steer.writers import has_bias, part, weights_sum, writers
@@ -104,6 +107,8 @@ def _of(each: Intervention, anatomy: Anatomy | None, made: Sequence[Operation]) 
     assert anatomy is not None, "everything else was refused without one"
     if isinstance(each, Add):
         return list(_added(each, anatomy))
+    if isinstance(each, ScaleExperts):
+        return list(_scaled(each, anatomy))
     assert isinstance(each, ProjectOut), "the table refuses everything else"
     if each.site == "resid_pre":
         return [ProjectColumns(-1, "embedding", None, each.direction[0], each.weight)]
@@ -136,6 +141,14 @@ def _projected(project: ProjectOut, anatomy: Anatomy, made: Sequence[Operation])
             bias = Matrix(target.layer, target.module, target.expert, bias=True)
             if bias in grown or has_bias(anatomy, target):
                 yield ProjectColumns(*named, bias=True)
+
+
+def _scaled(scale: ScaleExperts, anatomy: Anatomy) -> Iterator[Operation]:
+    for layer, expert in scale.experts:
+        down = Matrix(layer, "expert_down", expert)
+        yield Scale(down, scale.beta)
+        if has_bias(anatomy, down):
+            yield Scale(replace(down, bias=True), scale.beta)
 
 
 def hook_form(

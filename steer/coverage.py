@@ -12,7 +12,7 @@ A part is refused either because the form cannot express it (`expressible` is fa
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -22,14 +22,14 @@ from torch import Tensor
 
 from steer import form_table
 from steer.anatomy.resolve import PER_LAYER
-from steer.anatomy.slots import OUTSIDE
+from steer.anatomy.slots import EXPERTS, OUTSIDE
 from steer.conflicts import noted
 from steer.directions import unit_vector
 from steer.errors import SteerError
 from steer.form_table import Form, Verdict
 from steer.identity import check_same
-from steer.interventions import Intervention, ProjectOut
-from steer.operations import AddBias, AddDense, AddLowRank, Matrix, Operation, ProjectColumns
+from steer.interventions import Intervention, ProjectOut, ScaleExperts
+from steer.operations import AddBias, AddDense, AddLowRank, Matrix, Operation, ProjectColumns, Scale, exponents
 from steer.patches import Patch
 from steer.steering import Steering
 from steer.tables import table
@@ -160,8 +160,28 @@ def _of_steering(steering: Steering, target: Target, form: Form) -> list[Row]:
         for verdict in _verdicts(intervention, target, form):
             if form == "lora" and verdict.reason is None:
                 verdict = replace(verdict, note=_rank_note(_projected(steering, intervention.site), verdict.layers))
+            factors = [intervention.beta] if isinstance(intervention, ScaleExperts) else None
+            if form == "patch" and verdict.reason is None and (refusal := _quantised(target, factors)):
+                verdict = replace(verdict, reason=refusal[0], remedy=refusal[1])
             rows.append(_row(change, verdict, target, form))
     return rows
+
+
+def _quantised(target: Target, factors: Sequence[float] | None) -> Refusal | None:
+    """Why quantised weights cannot be patched; `factors` where all that is done is to multiply experts by them."""
+    if not target.quantised:
+        return None
+    if factors is not None and target.quantised == exponents.METHOD:
+        return exponents.refusal(factors)
+    return f"the weights are quantised ({target.quantised})", "Patch the unquantised model, or use the hook form"
+
+
+def _factors(matrix: Matrix, operations: Sequence[Operation]) -> list[float] | None:
+    """What an expert's matrix or bias is multiplied by, if nothing else is done to it; a bias is never packed."""
+    scales = [each for each in operations if isinstance(each, Scale)]
+    if matrix.module not in EXPERTS or len(scales) < len(operations):
+        return None
+    return [] if matrix.bias else [each.effective for each in scales]
 
 
 def _verdicts(intervention: Intervention, target: Target, form: Form) -> list[Verdict]:
@@ -178,6 +198,8 @@ def _of_patch(patch: Patch, target: Target, form: Form) -> list[Row]:
     for matrix, operations in patch.matrices.items():
         _check(matrix, operations, target)
         refusal = _unwritable(matrix, operations, target) if form in ("patch", "vllm") else None
+        if form == "patch" and refusal is None:
+            refusal = _quantised(target, _factors(matrix, operations))
         grouped.setdefault((_what(matrix), refusal), {})[matrix] = operations
     rows = []
     for (what, refusal), touched in grouped.items():
@@ -288,13 +310,7 @@ def _adapted(what: str, layers: tuple[int, ...], operations: list[Operation], ta
 
 def _row(change: str, verdict: Verdict, target: Target, form: Form) -> Row:
     reason, remedy = verdict.reason, verdict.remedy
-    if reason is None and form == "patch" and target.quantised:
-        reason, remedy = (
-            f"the weights are quantised ({target.quantised})",
-            "Patch the unquantised model, or use the hook form",
-        )
-        verdict = replace(verdict, reason=reason)
-    elif reason is None and form in LATER:
+    if reason is None and form in LATER:
         reason, remedy = LATER[form]
     return Row(
         change,

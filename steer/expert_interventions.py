@@ -65,12 +65,12 @@ class ScaleExperts:
         return tuple(sorted({layer for layer, _ in self.experts}))
 
     def factor(self, c: float) -> float:
-        """Return 1 + c (beta - 1), what the weights are multiplied by.
+        """Return 1 + c (beta - 1), what the weights are multiplied by; beta itself, unrounded, for c = 1.
 
         Raises:
             SteerError: it is negative, which would subtract what an expert writes.
         """
-        factor = 1.0 + c * (self.beta - 1.0)
+        factor = self.beta if c == 1 else 1.0 + c * (self.beta - 1.0)
         if factor < 0:
             raise SteerError(
                 f"coefficient {c:g} with beta {self.beta:g} multiplies weights by {factor:g}",
@@ -135,6 +135,11 @@ class BiasRouter:
     def active_layers(self) -> tuple[int, ...]:
         """Layers with a named expert, increasing."""
         return tuple(sorted({layer for layer, _ in self.experts}))
+
+    def forced(self, layer: int) -> dict[int, bool]:
+        """Return expert -> whether it is forced in, of those of one layer that are forced in or out."""
+        sides = ((self.force_in, True), (self.force_out, False))
+        return {expert: inward for side, inward in sides for at, expert in side if at == layer}
 
     def is_zero(self, c: float) -> bool:
         """Never: at coefficient 1, the only one, something is added or forced."""

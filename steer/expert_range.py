@@ -21,11 +21,17 @@ def check(intervention: ScaleExperts | BiasRouter, anatomy: Anatomy, what: str) 
     Raises:
         SteerError: see above.
     """
-    if not anatomy.expert_layers:
+    if not anatomy.expert_layers and anatomy.record.experts is None:
         raise SteerError(
-            f"{what} names experts, and this {anatomy.family} model has none in plain tensors",
+            f"{what} names experts, and this {anatomy.family} model is dense",
             "a mixture of experts",
             "Use Add, ProjectOut or SetComponent; `steer inspect MODEL` says what a model is made of",
+        )
+    if not anatomy.expert_layers:
+        raise SteerError(
+            f"{what} names experts, and no layer of this {anatomy.family} model has all of them in plain tensors",
+            "experts that are not quantised",
+            "Take the unquantised model",
         )
     for layer, expert in intervention.experts:
         if layer not in anatomy.expert_layers:

@@ -16,8 +16,8 @@ from torch import Tensor
 from steer.anatomy.resolve import Anatomy
 from steer.anatomy.slots import Matrix
 from steer.directions import ranges, unit_vector
-from steer.interventions import Add, Custom, Intervention, ProjectOut, SetComponent
-from steer.writers import Part, bias_form, part, writers
+from steer.interventions import Add, BiasRouter, Custom, Intervention, ProjectOut, ScaleExperts, SetComponent
+from steer.writers import Part, bias_form, has_bias, part, writers
 
 Form = Literal["hook", "vllm", "patch", "lora"]
 Bias = Callable[[Matrix], Tensor | None]
@@ -33,6 +33,8 @@ PLACES = {
     "attn_out": "attention output",
     "mlp_raw": "MLP output",
     "mlp_out": "MLP output",
+    "router_logits": "router",
+    "router": "router",
 }
 
 
@@ -57,6 +59,8 @@ class Verdict:
 
 def hook(intervention: Intervention, anatomy: Anatomy) -> list[Verdict]:
     """Everything, wherever the site exists."""
+    if isinstance(intervention, ScaleExperts | BiasRouter):
+        return [Verdict("router", intervention.active_layers, note=experts_note(intervention, anatomy))]
     if intervention.site in ("z", "head_out"):
         return _with_heads(intervention, anatomy, PLACES[intervention.site], _heads_note(intervention))
     if intervention.site != "mlp_raw":
@@ -65,11 +69,14 @@ def hook(intervention: Intervention, anatomy: Anatomy) -> list[Verdict]:
 
 
 def vllm(intervention: Intervention, anatomy: Anatomy) -> list[Verdict]:
-    """Additions and projections on every token at what is added to the stream; heads by the patch or by LoRA."""
+    """Routers, additions and projections at what is added to the stream, on every token; heads by the patch or by LoRA."""
     layers, place = intervention.active_layers, PLACES[intervention.site]
     if intervention.site == "head_out":
         return _with_heads(intervention, anatomy, place, SERVED)
     refused = _weights_only(intervention, "vLLM", "nothing is stated for it there yet")
+    if isinstance(intervention, ScaleExperts | BiasRouter):
+        reason, remedy = refused or (None, None)
+        return [Verdict(place, layers, reason, remedy, "" if refused else experts_note(intervention, anatomy))]
     allowed = {Add: ("attn_out", "mlp_out", "resid_mid", "resid_post"), ProjectOut: ("attn_out", "mlp_out")}
     first = isinstance(intervention, ProjectOut) and intervention.site == "resid_pre" and layers == (0,)
     if refused is None and intervention.site not in allowed[type(intervention)] and not first:
@@ -79,6 +86,9 @@ def vllm(intervention: Intervention, anatomy: Anatomy) -> list[Verdict]:
 
 def patch(intervention: Intervention, anatomy: Anatomy, untie: bool = False) -> list[Verdict]:
     """Weights and biases, in memory or on disk.
+
+    The weight of a chosen expert multiplies what its output projection writes, so scaling that projection (and its bias)
+    is scaling the weight, whatever was chosen.
 
     Args:
         intervention: what is to be said.
@@ -90,6 +100,8 @@ def patch(intervention: Intervention, anatomy: Anatomy, untie: bool = False) -> 
     )
     if refused is not None:
         return [Verdict(PLACES[intervention.site], intervention.active_layers, *refused)]
+    if isinstance(intervention, ScaleExperts | BiasRouter):
+        return [_experts(intervention, anatomy)]
     if isinstance(intervention, Add):
         return _bias(intervention, anatomy)
     return _projected(intervention, anatomy, untie, experts=True)
@@ -106,6 +118,13 @@ def lora(intervention: Intervention, anatomy: Anatomy, bias: Bias) -> list[Verdi
     refused = _weights_only(intervention, "an adapter", "weights act on every token alike, by a fixed linear map")
     if refused is not None:
         return [Verdict(PLACES[intervention.site], intervention.active_layers, *refused)]
+    if isinstance(intervention, ScaleExperts | BiasRouter):
+        reason = "a matrix times a number differs from it by a matrix of full rank, which no adapter of low rank is"
+        if isinstance(intervention, BiasRouter):
+            reason = "which experts are chosen is not changed by an addition of low rank to a matrix"
+        patched = _experts(intervention, anatomy).reason is None
+        remedy = "Use the patch or the hook form" if patched else HOOK
+        return [Verdict("router", intervention.active_layers, reason, remedy)]
     if isinstance(intervention, Add):
         return [
             Verdict(
@@ -161,6 +180,26 @@ def _weights_only(intervention: Intervention, form: str, why: str) -> tuple[str,
     if intervention.phase != "all":
         return f"{form} cannot act in phase {intervention.phase!r} only: {why}", f"{HOOK}, or phase='all'"
     return None
+
+
+def _experts(intervention: ScaleExperts | BiasRouter, anatomy: Anatomy) -> Verdict:
+    """What weights say of a change at a router in phase all: factors, where nothing is divided by their sum."""
+    layers = intervention.active_layers
+    if isinstance(intervention, BiasRouter):
+        reason = "which experts are chosen depends on what the router makes of each token, not on what the experts are"
+        remedy = f"{HOOK}; ScaleExperts with beta 0 takes an expert out of the sum, and that has a patch form"
+        return Verdict("router", layers, reason, remedy)
+    if intervention.renormalise:
+        reason = "weights that keep their sum depend on which experts a token chose beside those that are scaled"
+        return Verdict("router", layers, reason, f"{HOOK}, or renormalise=False")
+    biased = has_bias(anatomy, Matrix(layers[0], "expert_down", intervention.in_layer(layers[0])[0]))
+    parts = "weight and bias" if biased else "weight"
+    return Verdict("expert down", layers, note=f"{experts_note(intervention, anatomy)}, {parts}")
+
+
+def experts_note(intervention: ScaleExperts | BiasRouter, anatomy: Anatomy) -> str:
+    """Return "experts 2 of 48x128": those named, of layers with experts times experts in each."""
+    return f"experts {len(intervention.experts)} of {len(anatomy.expert_layers)}x{anatomy.experts}"
 
 
 def _bias(intervention: Add, anatomy: Anatomy) -> list[Verdict]:
@@ -331,4 +370,6 @@ def _verb(intervention: Intervention) -> str:
         ProjectOut: "project a direction out",
         SetComponent: "set a component",
         Custom: "call a function",
+        ScaleExperts: "scale the weights of experts",
+        BiasRouter: "change the logits of a router",
     }[type(intervention)]

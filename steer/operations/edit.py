@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from steer.errors import SteerError
+from steer.operations import exponents
 from steer.operations.operation import DTYPES, Operation, Region
 
 BLOCK = 1 << 17  # Numbers in a piece: one megabyte of float64.
@@ -28,7 +29,7 @@ class Block:
     columns: slice
     before: Float[Tensor, "rows width"]
     exact: Float[Tensor, "rows width"]
-    after: Float[Tensor, "rows width"]
+    after: Shaped[Tensor, "rows width"]
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class Survival:
 
 
 def edited_blocks(
-    matrix: Float[Tensor, "out in"],
+    matrix: Shaped[Tensor, "out in"],
     operations: Sequence[Operation],
     head_width: int,
     origin: tuple[int, int] = (0, 0),
@@ -87,7 +88,7 @@ def edited_blocks(
     """Carry out `operations` on the pieces of `matrix` that they touch.
 
     Args:
-        matrix: any dtype of `DTYPES`, any device, any strides; it is not changed here.
+        matrix: any dtype of `DTYPES`, or the block exponents of MXFP4, any device, any strides; it is not changed here.
         operations: all for this one matrix, first to last.
         head_width: columns per head, `in / heads`.
         origin: first row and column of the logical matrix that are here; a projection needs its whole columns.
@@ -182,7 +183,7 @@ def _check_whole_columns(acting: Acting, top: int, height: int) -> None:
 
 
 def edit_(
-    matrix: Float[Tensor, "out in"],
+    matrix: Shaped[Tensor, "out in"],
     operations: Sequence[Operation],
     head_width: int,
     origin: tuple[int, int] = (0, 0),
@@ -192,10 +193,12 @@ def edit_(
     Args: see `edited_blocks`.
 
     Raises:
-        SteerError: as `edited_blocks`; a finite number would become infinite or NaN.
+        SteerError: as `edited_blocks`; a finite number would become infinite or NaN; block exponents would not be exact.
     """
     survival = Survival()
     for block in edited_blocks(matrix, operations, head_width, origin):
+        if matrix.dtype == exponents.DTYPE:
+            _refuse_inexact(block, operations[0])
         measured = Survival.of(block)
         if not math.isfinite(measured.actual_square):
             _refuse_lost(block, operations[0])
@@ -215,9 +218,20 @@ def _refuse_lost(block: Block, operation: Operation) -> None:
         )
 
 
+def _refuse_inexact(block: Block, operation: Operation) -> None:
+    """Refuse exponents that leave the range of a byte, or that are no numbers (255) to begin with."""
+    lost = int((block.after.double() != block.exact).sum())
+    if lost:
+        raise SteerError(
+            f"the patch would take {lost} block exponents of {operation.matrix} out of their range",
+            f"exponents from 0 to {exponents.LARGEST}, before and after",
+            "Take a factor nearer to 1, dequantise the model first, or use the hook form",
+        )
+
+
 def edited(
-    matrix: Float[Tensor, "out in"], operations: Sequence[Operation], head_width: int
-) -> Float[Tensor, "out in"]:
+    matrix: Shaped[Tensor, "out in"], operations: Sequence[Operation], head_width: int
+) -> Shaped[Tensor, "out in"]:
     """Return the matrix after `operations`, on its device and in its dtype; `matrix` itself is not changed.
 
     Raises:
@@ -234,7 +248,7 @@ def wide(matrix: Tensor, rows: slice, columns: slice) -> Tensor:
     Raises:
         SteerError: the dtype is none of `DTYPES`.
     """
-    if matrix.dtype not in DTYPES:
+    if matrix.dtype not in (*DTYPES, exponents.DTYPE):
         raise SteerError(
             f"the weight has dtype {matrix.dtype}",
             f"one of {', '.join(str(dtype) for dtype in DTYPES)}",

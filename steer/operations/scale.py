@@ -42,6 +42,11 @@ class Scale:
         object.__setattr__(self, "heads", checked_heads(self.matrix, self.heads))
 
     @property
+    def effective(self) -> float:
+        """1 + weight (factor - 1), what the matrix is multiplied by; the factor itself, unrounded, for weight 1."""
+        return self.factor if self.weight == 1 else 1.0 + self.weight * (self.factor - 1.0)
+
+    @property
     def tensors(self) -> Mapping[str, Tensor]:
         """None: a number says it all."""
         return {}
@@ -64,7 +69,7 @@ class Scale:
 
     def act(self, block: Piece, rows: slice, columns: slice) -> Piece:
         """Return the block times 1 + weight (factor - 1)."""
-        return block * (1.0 + self.weight * (self.factor - 1.0))
+        return block * self.effective
 
     def scaled(self, scale: float) -> Scale:
         """Return the operation with weight `scale * weight`."""

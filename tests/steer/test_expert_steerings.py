@@ -176,7 +176,7 @@ def test_sentences() -> None:
 
 Check = Callable[[], Intervention]
 WRONG: list[tuple[str, Intervention, tuple[str, ...]]] = [
-    ("llama", SCALE, ("names experts", "llama", "mixture of experts")),
+    ("llama", SCALE, ("names experts", "llama model is dense", "mixture of experts")),
     ("llama", BIAS, ("names experts", "mixture of experts")),
     ("qwen3_moe", SCALE, ("expert 0 of layer 2, which has no experts", "layers with experts: 1, 3")),
     ("olmoe", ScaleExperts(((4, 0),), 2.0), ("names layer 4", "layers 0 to 3")),
