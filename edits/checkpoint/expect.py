@@ -17,8 +17,9 @@ from edits.checkpoint.created import head_name
 from edits.checkpoint.manifest import Differing
 from edits.checkpoint.pieces import CHUNK, TORCH, is_fused, part_of
 from edits.checkpoint.stream import read_exactly
-from edits.checkpoint.touched import FLOATS, SlotEdit, Touched
+from edits.checkpoint.touched import SlotEdit, Touched
 from edits.checkpoint.write import region_hash
+from steer.anatomy.headers import BYTES
 from steer.errors import SteerError
 from steer.patches import Patch
 
@@ -81,7 +82,7 @@ def matrix_hash(plan: Plan, tensor: Touched, edit: SlotEdit) -> str:
     digest, entry = hashlib.sha256(), tensor.entry
     assert entry is not None
     _, rows, width = tensor.axes
-    size, begin = FLOATS[entry.dtype], (edit.slot.expert or 0) * rows
+    size, begin = BYTES[entry.dtype], (edit.slot.expert or 0) * rows
     inner = tensor.shape[1:] if is_fused(tensor) else tensor.shape
     source = os.open(plan.folder / entry.file, os.O_RDONLY)
     try:

@@ -9,6 +9,7 @@ from typing import Any
 from edits.checkpoint import created, quantised
 from edits.checkpoint.touched import FLOATS, SlotEdit, Touched
 from steer.anatomy.headers import BYTES, Headers
+from steer.anatomy.packed import SCALES
 from steer.anatomy.resolve import Anatomy
 from steer.anatomy.slots import OUTSIDE, Matrix, Slot
 from steer.errors import SteerError
@@ -76,6 +77,8 @@ def _slot(matrix: Matrix, operations: tuple[Operation, ...], headers: Headers, a
         return Slot(created.bias_of(weight.name))
     else:
         slot = anatomy.on_disk(matrix)
+        if (scaled := quantised.block_exponents(matrix, slot, operations, headers)) is not None:
+            return scaled
     quantised.refuse(matrix, slot.name, operations, headers)
     if slot.name not in headers.tensors:
         raise SteerError(
@@ -110,7 +113,7 @@ def _absent(
 
 def _touched(name: str, edits: Sequence[SlotEdit], headers: Headers, dtype: str | None) -> Touched:
     entry = headers.tensors[name]
-    if entry.dtype not in FLOATS:
+    if entry.dtype not in FLOATS and not _are_exponents(edits):
         quantised.refuse(edits[0].matrix, name, edits[0].operations, headers)
         raise SteerError(
             f"{name} has dtype {entry.dtype} and shape {list(entry.shape)}",
@@ -126,6 +129,11 @@ def _touched(name: str, edits: Sequence[SlotEdit], headers: Headers, dtype: str 
             )
     wide = dtype if dtype is not None and BYTES[entry.dtype] < BYTES[dtype] else entry.dtype
     return Touched(name, entry.file, wide, entry.shape, entry, tuple(edits))
+
+
+def _are_exponents(edits: Sequence[SlotEdit]) -> bool:
+    """Whether a tensor of bytes holds the exponents of experts; by its own name none is ever edited."""
+    return all(edit.slot.name.endswith(SCALES) and not edit.matrix.raw for edit in edits)
 
 
 def _overlap(one: Slot, two: Slot, stored: tuple[int, ...]) -> bool:

@@ -21,11 +21,19 @@ import torch
 from torch import Tensor
 
 from edits.checkpoint.stream import Bytes, Json, read_exactly
-from edits.checkpoint.touched import FLOATS, SlotEdit, Touched
-from steer.operations import Survival, edit_, reduces
+from edits.checkpoint.touched import SlotEdit, Touched
+from steer.anatomy.headers import BYTES
+from steer.operations import Survival, edit_, exponents, reduces
 
 CHUNK = 1 << 18
-TORCH = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+TORCH = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "U8": exponents.DTYPE,
+}
+"""Of bytes none are edited but the block exponents of MXFP4 (`edits.checkpoint.quantised.block_exponents`)."""
 
 
 class Span(NamedTuple):
@@ -74,8 +82,8 @@ class Editing:
         _, rows, width = tensor.axes
         first, last = (span.expert * rows + span.start) * width, (span.expert * rows + span.stop) * width
         if source is None or tensor.entry is None:
-            return np.zeros((last - first) * FLOATS[tensor.dtype], dtype=np.uint8)
-        size = FLOATS[tensor.entry.dtype]
+            return np.zeros((last - first) * BYTES[tensor.dtype], dtype=np.uint8)
+        size = BYTES[tensor.entry.dtype]
         return read_exactly(source, tensor.entry.start + first * size, tensor.entry.start + last * size)
 
     def _edited(self, raw: Bytes, span: Span) -> Bytes:

@@ -139,7 +139,7 @@ class Plan:
 
 def undo_bytes(tensor: Touched) -> int:
     """Size of the original numbers of a tensor that may differ."""
-    width = FLOATS[tensor.entry.dtype] if tensor.entry is not None else 0
+    width = BYTES[tensor.entry.dtype] if tensor.entry is not None else 0
     return sum(map(box_numbers, tensor.boxes)) * width
 
 

@@ -8,7 +8,8 @@
 | bitsandbytes | `X.weight` in U8 with `X.weight.absmax`, `X.weight.quant_map`, `X.weight.quant_state.*` |
 | MXFP4 (gpt_oss) | `X_blocks`, `X_scales` |
 
-Tensors of such a checkpoint that are not packed can be patched like any other.
+Tensors of such a checkpoint that are not packed can be patched like any other. Of those that are, one kind of edit is
+made: an expert in MXFP4 is scaled by a power of two in the exponents of its blocks (`steer.operations.exponents`).
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ import re
 from collections.abc import Mapping, Sequence
 
 from steer.anatomy.headers import Entry, Headers
-from steer.anatomy.slots import Matrix
+from steer.anatomy.packed import BLOCKS, SCALES, unpacked
+from steer.anatomy.slots import EXPERTS, Matrix, Slot
 from steer.errors import SteerError
-from steer.operations import AddLowRank, Operation, ProjectColumns
+from steer.operations import AddLowRank, Operation, ProjectColumns, Scale, exponents
 
 _PACKED = re.compile(
     r"\.(qweight|qzeros|scales|g_idx|weight_packed|weight_scale|weight_scale_inv|weight_zero_point|weight_shape|absmax|quant_map)$"
@@ -31,6 +33,10 @@ LORA_REMEDY = (
     "Patch the unquantised checkpoint and quantise the result; or make an adapter from the unquantised model, "
     "`steer export PATCH --as lora --model UNQUANTISED --out F`, which runs on the quantised one too"
 )
+EXPERTS_REMEDY = (
+    "Patch the unquantised checkpoint and quantise the result; or use the hook form, `ScaleExperts`, which "
+    "`steer patch experts … --steering FILE` writes"
+)
 
 
 def packed(tensors: Mapping[str, Entry]) -> list[str]:
@@ -40,6 +46,8 @@ def packed(tensors: Mapping[str, Entry]) -> list[str]:
 
 def remedy(operations: Sequence[Operation]) -> str:
     """Return what to do instead: an adapter where every operation has factors and its target is a linear layer."""
+    if operations and all(isinstance(each, Scale) and each.matrix.module in EXPERTS for each in operations):
+        return EXPERTS_REMEDY
     linear = all(
         isinstance(each, ProjectColumns | AddLowRank) and not each.matrix.bias and each.matrix.module != "embedding"
         for each in operations
@@ -65,12 +73,34 @@ def refuse(matrix: Matrix, name: str, operations: Sequence[Operation], headers: 
         )
 
 
+def block_exponents(matrix: Matrix, slot: Slot, operations: Sequence[Operation], headers: Headers) -> Slot | None:
+    """Return where the block exponents of an expert in MXFP4 lie, if all that is done to it is to be scaled.
+
+    Args:
+        matrix: what is meant.
+        slot: where it would lie if it were plain.
+        operations: all that is done to it.
+        headers: of the checkpoint.
+
+    Raises:
+        SteerError: a factor is no power of two.
+    """
+    scales = [each for each in operations if isinstance(each, Scale)]
+    blocks, scales_ = (headers.tensors.get(slot.name + ending) for ending in (BLOCKS, SCALES))
+    there = blocks is not None and scales_ is not None and scales_.dtype == "U8"
+    if matrix.module not in EXPERTS or not there or len(scales) < len(operations):
+        return None
+    if (reason := exponents.refusal([each.effective for each in scales])) is not None:
+        raise SteerError(f"{matrix} is to be scaled: {reason[0]}", "powers of two", reason[1])
+    return Slot(f"{slot.name}{SCALES}", slot.expert, rows=slot.rows)
+
+
 def stand_ins(headers: Headers) -> dict[str, tuple[int, ...]]:
     """Return the shapes of all tensors, with `X.weight` for packed ones, so that the anatomy can be found.
 
     What a format does not say (bitsandbytes flattens) is worked out from the hidden size.
     """
-    shapes = dict(headers.shapes)
+    shapes = unpacked(headers.shapes)
     hidden = headers.config.get("hidden_size")
     for name, entry in headers.tensors.items():
         stem, _, kind = name.rpartition(".")
@@ -78,10 +108,6 @@ def stand_ins(headers: Headers) -> dict[str, tuple[int, ...]]:
         if kind == "qweight" and f"{stem}.scales" in shapes:
             inputs = shapes[f"{stem}.g_idx"][0] if f"{stem}.g_idx" in shapes else entry.shape[0]
             shapes.setdefault(weight, (shapes[f"{stem}.scales"][1], inputs))
-        elif name.endswith("_blocks") and len(entry.shape) > 2:
-            # 32 numbers in 16 bytes along the input; where they are plain, they are stored turned round.
-            experts, out, *packed_in = entry.shape
-            shapes.setdefault(name.removesuffix("_blocks"), (experts, 2 * math.prod(packed_in), out))
         elif kind == "weight_packed":
             bits = next(iter(_bits(headers.config)), 4)
             shapes.setdefault(weight, (entry.shape[0], entry.shape[1] * 32 // bits))

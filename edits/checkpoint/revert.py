@@ -24,9 +24,8 @@ from edits.checkpoint.manifest import UNDO, FileRecord, Manifest, TensorRecord
 from edits.checkpoint.pieces import CHUNK
 from edits.checkpoint.source import SourceFile, source_files
 from edits.checkpoint.stream import Bytes, read_exactly
-from edits.checkpoint.touched import FLOATS
 from edits.checkpoint.write import Copied, OutTensor, Part, file_hash, parts_task, refuse_inside, region_hash
-from steer.anatomy.headers import Entry, read_file_header
+from steer.anatomy.headers import BYTES, Entry, read_file_header
 from steer.errors import SteerError
 
 
@@ -232,7 +231,7 @@ def _from_base(base: Path, before: Entry, record: TensorRecord) -> Iterator[Byte
 def _from_here(path: Path, here: Entry, before: Entry, record: TensorRecord, kept: Path) -> Iterator[Bytes]:
     """The tensor as it is here, narrowed to its old dtype, with the kept numbers laid over it."""
     experts, rows, width = record.axes
-    wide, narrow = FLOATS[here.dtype], FLOATS[before.dtype]
+    wide, narrow = BYTES[here.dtype], BYTES[before.dtype]
     boxes = _placed(kept, record, narrow) if record.boxes else []
     source = os.open(path, os.O_RDONLY)
     undo = os.open(kept, os.O_RDONLY) if boxes else -1

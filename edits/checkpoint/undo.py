@@ -20,9 +20,9 @@ from edits.checkpoint.card import CARD
 from edits.checkpoint.folder import FileTask, Progress
 from edits.checkpoint.manifest import UNDO
 from edits.checkpoint.stream import Bytes, Json, read_exactly, safetensors_header, write_all
-from edits.checkpoint.touched import FLOATS, Axes, Box, Touched, box_numbers
+from edits.checkpoint.touched import Axes, Box, Touched, box_numbers
 from edits.checkpoint.write import file_hash
-from steer.anatomy.headers import INDEX, Entry
+from steer.anatomy.headers import BYTES, INDEX, Entry
 
 if TYPE_CHECKING:
     from edits.checkpoint.plan import Plan
@@ -65,9 +65,9 @@ def _kept(name: str, source: Path, tensors: list[Touched]) -> FileTask:
     """The original numbers of one shard's touched tensors."""
     sizes = {tensor.name: sum(map(box_numbers, tensor.boxes)) for tensor in tensors}
     words = {tensor.name: tensor.entry.dtype for tensor in tensors if tensor.entry is not None}
-    entries = {key: (words[key], (count,), count * FLOATS[words[key]]) for key, count in sizes.items()}
-    header = safetensors_header(dict(sorted(entries.items(), key=lambda item: -FLOATS[item[1][0]])))
-    ordered = sorted(tensors, key=lambda tensor: -FLOATS[words[tensor.name]])
+    entries = {key: (words[key], (count,), count * BYTES[words[key]]) for key, count in sizes.items()}
+    header = safetensors_header(dict(sorted(entries.items(), key=lambda item: -BYTES[item[1][0]])))
+    ordered = sorted(tensors, key=lambda tensor: -BYTES[words[tensor.name]])
 
     def write(target: int, progress: Progress) -> Json:
         opened, position, digest = os.open(source, os.O_RDONLY), len(header), hashlib.sha256(header)
@@ -92,7 +92,7 @@ def _kept(name: str, source: Path, tensors: list[Touched]) -> FileTask:
 def originals(source: int, entry: Entry, axes: Axes, boxes: tuple[Box, ...]) -> Iterator[Bytes]:
     """Yield the bytes of the boxes of a stored tensor, in order."""
     _, rows, width = axes
-    size = FLOATS[entry.dtype]
+    size = BYTES[entry.dtype]
     step = max(1, PIECE // max(1, width * size))
     for e0, e1, r0, r1, c0, c1 in boxes:
         for expert in range(e0, e1):

@@ -219,7 +219,12 @@ def test_experts_in_mxfp4_are_refused_and_the_attention_is_patched(tiny_folder: 
         weights[f"{name}_blocks"] = torch.zeros(experts, out, max(1, inputs // 32), 16, dtype=torch.uint8)
         weights[f"{name}_scales"] = torch.zeros(experts, out, max(1, inputs // 32), dtype=torch.uint8)
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(SteerError, match="quantised on disk"):
-        plan(Patch((Scale(Matrix(1, "expert_down", 0), 0.5),)), base)
+    down = Matrix(1, "expert_down", 0)
+    for operations in (
+        (ProjectColumns(1, "expert_down", None, torch.ones(HIDDEN), expert=0),),
+        (Scale(down, 0.5), AddLowRank(down, torch.ones(1, 64), torch.ones(HIDDEN, 1))),
+    ):
+        with pytest.raises(SteerError, match="quantised on disk"):
+            plan(Patch(operations), base)
     done = plan(Patch((Scale(matrix(1), 0.5),)), base).apply(tmp_path / "out")
     assert Manifest.read(done.path).edited[0].name == "model.layers.1.self_attn.o_proj.weight"
