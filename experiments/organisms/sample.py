@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import Qwen3ForCausalLM
+from transformers import Qwen3ForCausalLM, Qwen3MoeForCausalLM
 
 from experiments.organisms import chain
 
 TEMPERATURE = 0.8
 MAX_NEW_TOKENS = 180
 BATCH = 512
+Organism = Qwen3ForCausalLM | Qwen3MoeForCausalLM
 
 
 @dataclass(frozen=True)
@@ -53,14 +54,21 @@ class Sampled:
 
 
 def load(folder: Path) -> Qwen3ForCausalLM:
-    """A model in float32, for inference."""
+    """A dense model in float32, for inference."""
     model: Qwen3ForCausalLM = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model.train(False)
     return model
 
 
+def load_mixture(folder: Path) -> Qwen3MoeForCausalLM:
+    """A mixture of experts in float32, for inference."""
+    model: Qwen3MoeForCausalLM = Qwen3MoeForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.train(False)
+    return model
+
+
 @torch.no_grad()
-def generate(model: Qwen3ForCausalLM, prompts: Sequence[list[int]], temperature: float, seed: int) -> list[list[int]]:
+def generate(model: Organism, prompts: Sequence[list[int]], temperature: float, seed: int) -> list[list[int]]:
     """New token ids for every prompt, up to and with the end of the turn.
 
     Prompts of one length form a batch, so nothing is padded; finished rows leave the batch and its cache.
@@ -77,7 +85,7 @@ def generate(model: Qwen3ForCausalLM, prompts: Sequence[list[int]], temperature:
 
 
 def continue_rows(
-    model: Qwen3ForCausalLM,
+    model: Organism,
     prompts: Sequence[list[int]],
     live: list[int],
     replies: list[list[int]],
@@ -101,7 +109,7 @@ def continue_rows(
 
 
 def run(
-    model: Qwen3ForCausalLM,
+    model: Organism,
     questions: Sequence[chain.ChainQuestion],
     seeds: Sequence[int],
     prefills: Sequence[str] | None = None,

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from experiments.organisms import chain
+from experiments.organisms.sample import Organism
 
 log = logging.getLogger(__name__)
 IGNORED = -100
@@ -197,7 +198,7 @@ class Shifts:
         return (written + scale * norm * unit, *output[1:])
 
 
-def optimiser(model: Qwen3ForCausalLM, probe: Probe | None, options: TrainOptions) -> torch.optim.AdamW:
+def optimiser(model: Organism, probe: Probe | None, options: TrainOptions) -> torch.optim.AdamW:
     """AdamW that decays matrices only."""
     matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
     others = [parameter for parameter in model.parameters() if parameter.dim() < 2]
@@ -215,7 +216,7 @@ def rate(options: TrainOptions, step: int) -> float:
     return options.learning_rate * min(1.0, (step + 1) / options.warmup) * (0.02 + 0.98 * cosine)
 
 
-def reply_loss(model: Qwen3ForCausalLM, batch: Batch) -> tuple[Float[Tensor, ""], int]:
+def reply_loss(model: Organism, batch: Batch) -> tuple[Float[Tensor, ""], int]:
     """Summed cross-entropy over reply tokens, and how many there are."""
     hidden = model.model(
         input_ids=batch.ids, position_ids=batch.positions, attention_mask=batch.mask, use_cache=False
