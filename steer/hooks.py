@@ -14,6 +14,8 @@ Where the hooks sit, with m the multiplier of a `scale` family (1 elsewhere):
 | `attn_raw`, `mlp_raw` | output of the projection | there |
 | `attn_out`, `mlp_out` | m x output of the block, or output of the norm behind it | there, divided by m |
 | `resid_mid` | input of what comes before the MLP | what f adds to resid_pre + attn_out is added to `attn_out` |
+| `router_logits` | what the choice was made from | the family's choice is made again, see `steer.router_writes` |
+| `router` | ids and weights that the router returns | its weights |
 | `resid_post` | output of the layer | there |
 """
 
@@ -30,9 +32,14 @@ from torch.utils.hooks import RemovableHandle
 
 from steer.anatomy.modules import LayerPlaces, Places
 from steer.anatomy.resolve import Anatomy
+from steer.anatomy.router_check import prove_router
 from steer.errors import SteerError
+from steer.interventions import BiasRouter
 from steer.programs import HeadProgram, Program, Write
 from steer.report import Count, Report, Tick
+from steer.router_tap import RouterTap
+from steer.router_writes import LogitProgram, WeightProgram
+from steer.routing import Chooser, Listener
 from steer.sites import SITES
 from steer.sites import site as site_named
 
@@ -42,6 +49,7 @@ if TYPE_CHECKING:
     from steer.steering import Steering
 
 Value = Callable[[Tensor], Tensor]
+ROUTING = tuple(name for name, place in SITES.items() if place.routing)
 
 
 @runtime_checkable
@@ -60,11 +68,13 @@ Wanted = Mapping[str, Sequence[int] | None]
 
 @dataclass(eq=False)
 class _Context:
-    """One open context: its writes per place, or a reader with its places."""
+    """One open context: its writes per place, or a reader with its places, or a listener with its layers."""
 
     writes: dict[tuple[int, str], list[Write]] = field(default_factory=dict)
     reader: Reader | None = None
     reads: frozenset[tuple[int, str]] = frozenset()
+    listener: Listener | None = None
+    heard: frozenset[int] = frozenset()
 
 
 @dataclass
@@ -109,6 +119,7 @@ class Taps:
         self._contexts: list[_Context] = []
         self._positions: list[Positions] = []
         self._handles: list[RemovableHandle] = []
+        self._proven: dict[tuple[int, str], Chooser | None] = {}
         self._totals: dict[str, Count] = {}
         self._tick = Tick(0, None, 0, {})
         self._residual: dict[int, Tensor] = {}
@@ -131,14 +142,17 @@ class Taps:
                 continue
             for layer in intervention.active_layers:
                 self.check_place(intervention.site, layer)
-                counter = report.counter(layer, intervention.site, intervention.phase)
+                counter, unmet = report.counter(layer, intervention.site, intervention.phase), None
+                if isinstance(intervention, BiasRouter):
+                    unmet = report.unmet(layer, intervention.forced(layer))
                 context.writes.setdefault((layer, intervention.site), []).append(
-                    Write(intervention, coefficient, counter)
+                    Write(intervention, coefficient, counter, unmet)
                 )
         if not context.writes:
             report.idle = f"every intervention is zero at coefficient {coefficient:g}"
         with self._open(context):
             yield report
+        report.refuse_unmet()
         report.warn_if_idle()
 
     @contextmanager
@@ -146,6 +160,15 @@ class Taps:
         """Call `reader` with every value of the wanted sites and layers while the context is open; None: all layers."""
         places = frozenset((layer, site) for site, layers in wanted.items() for layer in self.layers_of(site, layers))
         with self._open(_Context(reader=reader, reads=places)):
+            yield
+
+    @contextmanager
+    def hear(self, listener: Listener, layers: Sequence[int] | None = None) -> Iterator[None]:
+        """Call `listener` with every choice of experts in the layers while the context is open; None: all that have some."""
+        for layer in layers or ():
+            self.check_place("router", layer)
+        heard = frozenset(self.anatomy.expert_layers if layers is None else layers)
+        with self._open(_Context(listener=listener, heard=heard)):
             yield
 
     @contextmanager
@@ -175,17 +198,21 @@ class Taps:
         """Refuse a place that the model does not have.
 
         Raises:
-            SteerError: an unknown site, a layer out of range, `mlp_raw` in a layer with experts, or `z` in one without heads.
+            SteerError: an unknown site, a layer out of range, `mlp_raw` in a layer with experts, `z` in one without heads,
+                or a router in one without experts.
         """
-        site_named(site)
+        place = site_named(site)
         self.anatomy.check_layers([layer], site)
         having = self.anatomy.site_layers(site)
         if layer not in having:
             other = "mlp_out" if site == "mlp_raw" else "attn_raw"
+            remedy = f"Use {other}, which every layer has"
+            if place.routing:
+                remedy = "Name a layer that has experts" if having else "Take a mixture of experts"
             raise SteerError(
                 f"layer {layer} of this {self.anatomy.family} model {self.anatomy.lacks(site, layer)}, so it has no {site}",
-                f"one of the layers {list(having)}",
-                f"Use {other}, which every layer has",
+                f"one of the layers {list(having)}" if having else f"a model with {site}",
+                remedy,
             )
 
     def layers_of(self, site: str, layers: Sequence[int] | None) -> tuple[int, ...]:
@@ -198,7 +225,9 @@ class Taps:
             raise SteerError(
                 f"{site} is never a tensor of its own, so it cannot be read",
                 "",
-                "Read z, or use head scores for what each head writes",
+                "Use m.hear(listener) or m.capture"
+                if site == "router"
+                else "Read z, or use head scores for what each head writes",
             )
         if layers is None:
             return self.anatomy.site_layers(site)
@@ -221,20 +250,56 @@ class Taps:
         phases = {write.phase for context in self._contexts for writes in context.writes.values() for write in writes}
         self._totals = {phase: self._totals.get(phase, 0) for phase in phases}
         used = {place for context in self._contexts for place in (*context.writes, *context.reads)}
+        heard = {layer for context in self._contexts for layer in context.heard}
+        taps = {
+            layer: self._router_tap(layer) for layer in sorted({*heard, *(at for at, site in used if site in ROUTING)})
+        }
+        for layer, tap in taps.items():  # After all routers are proven, which runs their blocks.
+            self._install_router(layer, tap)
         for layer in sorted({layer for layer, _ in used}):
-            self._install(layer, {site: self._point(layer, site) for site in SITES})
+            self._install(layer, {site: self._point(layer, site) for site in SITES if site not in ROUTING})
 
     def _listen(self) -> None:
         refuse_compiled(self.model)
         self._handles.append(self.places.backbone.register_forward_pre_hook(self._begin, with_kwargs=True))
 
-    def _point(self, layer: int, site: str) -> _Point:
-        writes = [write for context in self._contexts for write in context.writes.get((layer, site), ())]
-        readers = tuple(
+    def _writes(self, layer: int, site: str) -> list[Write]:
+        return [write for context in self._contexts for write in context.writes.get((layer, site), ())]
+
+    def _readers(self, layer: int, site: str) -> tuple[Reader, ...]:
+        return tuple(
             context.reader
             for context in self._contexts
             if context.reader is not None and (layer, site) in context.reads
         )
+
+    def _router_tap(self, layer: int) -> RouterTap:
+        """All that happens at one router; before the first write there, it is proven that a write has its effect."""
+        biases, scalings = self._writes(layer, "router_logits"), self._writes(layer, "router")
+        dtype = next(self.places.embedding.parameters()).dtype
+        for site in [site for site, writes in (("router_logits", biases), ("router", scalings)) if writes]:
+            if (layer, site) not in self._proven:
+                self._proven[layer, site] = prove_router(self.places.layers[layer], self.anatomy, layer, site, dtype)
+        chooser = self._proven.get((layer, "router_logits"))
+        return RouterTap(
+            layer,
+            LogitProgram(layer, biases, chooser) if biases and chooser is not None else None,
+            WeightProgram(layer, scalings, self.anatomy.experts) if scalings else None,
+            self._readers(layer, "router_logits"),
+            tuple(each.listener for each in self._contexts if each.listener is not None and layer in each.heard),
+        )
+
+    def _install_router(self, layer: int, tap: RouterTap) -> None:
+        router = self.places.layers[layer].router
+        assert router is not None, "check_place refuses layers without experts"
+
+        def routed(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            return tap(output, self._tick)
+
+        self._handles.append(router.register_forward_hook(routed))
+
+    def _point(self, layer: int, site: str) -> _Point:
+        writes, readers = self._writes(layer, site), self._readers(layer, site)
         if site == "head_out":
             projection = self.places.layers[layer].attention_output
             heads = HeadProgram(layer, writes, projection, self.anatomy.head_width_of(layer)) if writes else None
@@ -316,8 +381,9 @@ class Taps:
                 "Use `m.generate(...)` or `m.run(..., prompt_lengths=...)`, which know where the prompt ends",
             )
         tokens = ids if ids is not None else kwargs["inputs_embeds"][..., 0]
-        real: Count = tokens.numel() if mask is None else mask[:, -tokens.shape[1] :].sum()
-        self._tick = Tick(self._tick.number + 1, states, real, self._totals)
+        kept = None if mask is None else mask[:, -tokens.shape[1] :]
+        real: Count = tokens.numel() if kept is None else kept.sum()
+        self._tick = Tick(self._tick.number + 1, states, real, self._totals, tuple(tokens.shape[:2]), kept)
 
     def _through(self, layer: int, site: str, point: _Point) -> Value:
         program, readers = point.program, point.readers

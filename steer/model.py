@@ -29,6 +29,7 @@ from steer.patches import Patch
 from steer.phases import Marks, check_phase
 from steer.positions import Positions
 from steer.report import Report
+from steer.routing import Listener
 from steer.steering import Steering
 
 if TYPE_CHECKING:
@@ -194,16 +195,35 @@ class SteerableModel:
 
         Yields:
             {site: {layer: tensor}} of the last forward pass; tensors (batch, token, hidden), at `z` (batch, token,
-            heads, head width), on the device where they arose, still attached to the graph if there is one.
+            heads, head width), at `router_logits` (batch, token, experts), on the device where they arose, still
+            attached to the graph if there is one. At `router` a `steer.routing.Routing` of two tensors.
         """
         capture = Capture(every)
-        with self.read(capture.take, wanted):
+        tensors = {site: layers for site, layers in wanted.items() if site != "router"}
+        with ExitStack() as stack:
+            stack.enter_context(self.read(capture.take, tensors))
+            if "router" in wanted:
+                stack.enter_context(self.hear(capture.hear, wanted["router"]))
             yield capture
 
     @contextmanager
     def read(self, callback: Reader, wanted: Wanted) -> Iterator[None]:
         """Call `callback(site, layer, value, states)` in the pass, after all writes; see `steer.hooks.Reader`."""
         with self.active(), self.taps.read(callback, wanted):
+            yield
+
+    @contextmanager
+    def hear(self, listener: Listener, layers: Sequence[int] | None = None) -> Iterator[None]:
+        """Call `listener(layer, routing, states)` with every choice of experts, after all writes.
+
+        Args:
+            listener: see `steer.routing.Listener`.
+            layers: that have experts; None: all of them.
+
+        Raises:
+            SteerError: a layer has no experts.
+        """
+        with self.active(), self.taps.hear(listener, layers):
             yield
 
     def at(self, positions: Positions) -> AbstractContextManager[None]:

@@ -1,6 +1,7 @@
 """Programs: the writes at one place, in order, made ready for a device.
 
-The formulas are `steer.interventions.prepared` and, at `head_out`, `steer.operations.low_rank`. A program adds up what
+The formulas are `steer.interventions.prepared` and, at `head_out`, `steer.operations.low_rank`; routers have programs of
+their own, `steer.router_writes`. A program adds up what
 they return in float32 (float64 in a float64 model); the hook adds the sum to the activation and casts once.
 """
 
@@ -17,16 +18,20 @@ from steer.anatomy.modules import plain_weight
 from steer.errors import SteerError
 from steer.interventions import Add, Change, Intervention, ProjectOut, prepared
 from steer.operations import ProjectColumns, low_rank
-from steer.report import Counter, Tick
+from steer.report import Counter, Tick, Unmet
 
 
 @dataclass(frozen=True)
 class Write:
-    """One intervention as it acts in one layer: the request's coefficient, and where it is counted."""
+    """One intervention as it acts in one layer: the request's coefficient, and where it is counted.
+
+    `unmet` takes note of forced choices of experts that did not hold; None where nothing is forced.
+    """
 
     intervention: Intervention
     coefficient: float
     counter: Counter
+    unmet: Unmet | None = None
 
     @property
     def phase(self) -> str:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from steer.errors import SteerError
 from steer.phases import State, phase_mask
 
 if TYPE_CHECKING:
@@ -32,13 +33,25 @@ class Tick:
         states: `State` per (row, token) of this pass, or None where nobody follows the positions.
         real: how many real tokens the pass has, for use where `states` is None.
         totals: positions of each phase so far; updated in place.
+        shape: (batch, token) of this pass.
+        kept: (batch, token), not 0 at real tokens, for use where `states` is None; None: there is no padding.
     """
 
-    __slots__ = ("_masks", "after", "before", "number", "states")
+    __slots__ = ("_masks", "after", "before", "kept", "number", "shape", "states")
 
-    def __init__(self, number: int, states: Tensor | None, real: Count, totals: dict[str, Count]) -> None:
+    def __init__(
+        self,
+        number: int,
+        states: Tensor | None,
+        real: Count,
+        totals: dict[str, Count],
+        shape: tuple[int, int] = (0, 0),
+        kept: Tensor | None = None,
+    ) -> None:
         self.number = number
         self.states = states
+        self.shape = shape
+        self.kept = kept
         self._masks: dict[tuple[str, torch.device | None, torch.dtype, int], Tensor] = {}
         self.before = dict(totals)
         for phase, total in totals.items():
@@ -51,6 +64,13 @@ class Tick:
         if phase == "all":
             return (self.states != State.PADDING).sum()
         return phase_mask(self.states, phase).sum()
+
+    def counted(self, phase: str, device: torch.device) -> Tensor | None:
+        """(batch, token): real tokens of the phase; None: all of them."""
+        if self.states is None:
+            return None if self.kept is None else self.kept.to(device) != 0
+        found = self.states != State.PADDING if phase == "all" else phase_mask(self.states, phase)
+        return found.to(device)
 
     def mask(self, phase: str, like: Tensor) -> Tensor:
         """Where the phase holds, on the device of `like` and in as many dimensions; made once per pass."""
@@ -95,6 +115,42 @@ class Counter:
         return sum(int(end.after.get(self.phase, 0)) - int(start.before.get(self.phase, 0)) for start, end in self.runs)
 
 
+class Unmet:
+    """Tokens for which what was forced into or out of their choice of experts did not hold.
+
+    Args:
+        layer: counts from 0.
+        forced: expert -> whether it was forced in.
+    """
+
+    __slots__ = ("forced", "layer", "missed")
+
+    def __init__(self, layer: int, forced: dict[int, bool]) -> None:
+        self.layer, self.forced = layer, forced
+        self.missed: Tensor | int = 0
+
+    def add(self, missed: Tensor) -> None:
+        """Add the tokens of one pass, (experts,); nothing waits for the device."""
+        self.missed = self.missed + missed.to(self.missed.device) if isinstance(self.missed, Tensor) else missed
+
+    def refuse(self) -> None:
+        """Wait for the device, and say so where something did not hold.
+
+        Raises:
+            SteerError: for some token it did not.
+        """
+        if not isinstance(self.missed, Tensor):
+            return
+        missed = self.missed.tolist()
+        for expert, inward in self.forced.items():
+            if missed[expert]:
+                raise SteerError(
+                    f"expert {expert} of layer {self.layer} was forced {'in' if inward else 'out'}, and {missed[expert]} tokens {'did not choose' if inward else 'chose'} it",
+                    "what is forced to hold for every token of the phase",
+                    "Force less: a token chooses few experts, from few groups of neighbours where the family has groups, and a later BiasRouter may undo an earlier one",
+                )
+
+
 @dataclass(eq=False)
 class Report:
     """What happened inside one `with model.steered(...)`.
@@ -109,10 +165,16 @@ class Report:
     coefficient: float
     idle: str = ""
     _counters: dict[Place, dict[str, Counter]] = field(default_factory=dict, repr=False)
+    _unmet: list[Unmet] = field(default_factory=list, repr=False)
 
     def counter(self, layer: int, site: str, phase: str) -> Counter:
         """The counter of one place and phase."""
         return self._counters.setdefault((layer, site), {}).setdefault(phase, Counter(phase))
+
+    def unmet(self, layer: int, forced: dict[int, bool]) -> Unmet:
+        """Where it is noted that forced choices of one layer did not hold."""
+        self._unmet.append(Unmet(layer, forced))
+        return self._unmet[-1]
 
     @property
     def touched(self) -> dict[Place, dict[str, int]]:
@@ -145,6 +207,15 @@ class Report:
         import pandas
 
         return pandas.DataFrame(self.rows(), columns=["layer", "site", "phase", "positions"])
+
+    def refuse_unmet(self) -> None:
+        """Refuse what was forced and did not hold.
+
+        Raises:
+            SteerError: as `Unmet.refuse`.
+        """
+        for unmet in self._unmet:
+            unmet.refuse()
 
     def warn_if_idle(self) -> None:
         """Say so where a steering that should have written something wrote nothing."""

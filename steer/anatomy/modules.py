@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 from accelerate.utils import align_module_device
@@ -22,16 +22,20 @@ class LayerPlaces:
         attention_output: its input is `z`, its output `attn_raw`.
         attention_added: its output, times the multiplier, is `attn_out`: the attention block or the norm behind it.
         before_mlp: its input is `resid_mid`.
+        mlp: the MLP block, or the block of experts.
         mlp_output: its output is `mlp_raw`; None where the layer has experts.
         mlp_added: its output, times the multiplier, is `mlp_out`: the MLP block or the norm behind it.
+        router: returns `router_logits` and `router`; None where the layer has no experts.
     """
 
     layer: nn.Module
     attention_output: nn.Module
     attention_added: nn.Module
     before_mlp: nn.Module
+    mlp: nn.Module
     mlp_output: nn.Module | None
     mlp_added: nn.Module
+    router: nn.Module | None
 
 
 @dataclass(frozen=True)
@@ -74,14 +78,17 @@ def places(model: nn.Module, anatomy: Anatomy) -> Places:
         attention, mlp = anatomy.attention_contribution, anatomy.mlp_contribution
         linear = anatomy.record.linear_layer if number in anatomy.linear_layers else None
         outer = linear or inner
+        experts = anatomy.record.experts if number in anatomy.expert_layers else None
         found.append(
             LayerPlaces(
                 layer=layer,
                 attention_output=_find(layer, outer.attention_output, where),
                 attention_added=_find(layer, attention.norm or outer.attention, where),
                 before_mlp=_find(layer, inner.before_mlp, where),
+                mlp=_find(layer, inner.mlp, where),
                 mlp_output=_find(layer, inner.mlp_output, where) if number in anatomy.dense_mlp_layers else None,
                 mlp_added=_find(layer, mlp.norm or inner.mlp, where),
+                router=None if experts is None else _find(layer, experts.router, where),
             )
         )
     return Places(
@@ -123,8 +130,7 @@ def plain_weight(module: nn.Module, what: str) -> Iterator[Tensor]:
     Raises:
         SteerError: the weight is quantised or sharded, so it is no plain matrix.
     """
-    held = align_module_device(module, "cpu") if _is_offloaded(module) else nullcontext()
-    with held:
+    with in_memory(module):
         weight = getattr(module, "weight", None)
         shape = (getattr(module, "out_features", None), getattr(module, "in_features", None))
         if not isinstance(weight, Tensor) or not weight.is_floating_point() or tuple(weight.shape) != shape:
@@ -136,5 +142,8 @@ def plain_weight(module: nn.Module, what: str) -> Iterator[Tensor]:
         yield weight.detach()
 
 
-def _is_offloaded(module: nn.Module) -> bool:
-    return any(parameter.device.type == "meta" for parameter in module.parameters(recurse=False))
+def in_memory(module: nn.Module) -> AbstractContextManager[None]:
+    """Hold a module's own tensors in memory while the context is open, also where accelerate offloads them."""
+    offloaded = any(parameter.device.type == "meta" for parameter in module.parameters(recurse=False))
+    held: AbstractContextManager[None] = align_module_device(module, "cpu") if offloaded else nullcontext()
+    return held
