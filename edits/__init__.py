@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from edits.compatibility import compatibility as compatibility
     from edits.diff import diff as diff
     from edits.donors import as_patch as as_patch
+    from edits.experts import expert_patch as expert_patch
     from edits.lora.export import export_lora as export_lora
     from edits.lora.extract import extract_lora as extract_lora
     from edits.merge import merge as merge
@@ -31,6 +32,7 @@ export(
         "compatibility": "edits.compatibility",
         "diff": "edits.diff",
         "prove": "edits.checkpoint.proof",
+        "expert_patch": "edits.experts",
         "reasoning_vector": "edits.arithmetic",
         "merge": "edits.merge",
         "revert": "edits.checkpoint.revert",
