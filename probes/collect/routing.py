@@ -5,24 +5,27 @@ family's own normalisation and scaling (the weights of a token sum to 1 on most 
 OLMoE). Experts go by their logical ids, the rows of the router's matrix. Both are sums: K over a marker's places is RICE's
 k, K over `all` tokens its K, and K summed over experts and divided by the number of chosen experts its T (its M).
 
-The router's own output is heard, whatever order a family returns it in. Per layer the choices become one row of numbers
-per token and one batched matrix product sums them over every span; padding weighs nothing.
+The choices are heard as the blocks see them (`SteerableModel.hear`), after every intervention that is in force, whoever came
+first. Per layer they become one row of numbers per token and one batched matrix product sums them over every span; padding
+weighs nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor, nn
+from jaxtyping import Float
+from torch import Tensor
 
 from probes.collect.recorders import Batch, Kept, Layers, Pass, Prepared
 from steer.errors import SteerError
+from steer.routing import Routing
 from steer.spans import check_span
 
 if TYPE_CHECKING:
@@ -70,8 +73,6 @@ class RouterCounts:
                 f"one of the layers {list(anatomy.expert_layers)}" if anatomy.expert_layers else "a model with experts",
                 "Leave RouterCounts out, or name layers that have experts",
             )
-        path = anatomy.record.experts.router
-        routers = {layer: model.places.layers[layer].layer.get_submodule(path) for layer in having}
         shape = (len(having), anatomy.experts)
         keeps = {}
         for span in self.spans:
@@ -80,48 +81,35 @@ class RouterCounts:
             keeps[f"{WEIGHT}/{span}"] = Kept(shape, having, place, "sum", torch.float32)
         named = tuple(span for span in self.spans if span != ALL)
         return Prepared(
-            {}, named, keeps, lambda batch: _RouterPass(batch, self.spans, routers, anatomy.experts), _heard
+            {},
+            named,
+            keeps,
+            lambda batch: _RouterPass(batch, self.spans, having, anatomy.experts),
+            partial(_heard, model),
         )
 
 
-@contextmanager
-def _heard(one: Pass) -> Iterator[None]:
+def _heard(model: SteerableModel, one: Pass) -> AbstractContextManager[None]:
     """Hear the routers of a pass while the context is open."""
     assert isinstance(one, _RouterPass)
-    with ExitStack() as stack:
-        for layer, router in one.routers.items():
-            stack.enter_context(one.hear(layer, router))
-        yield
+    return model.hear(one.take, one.layers)
 
 
 class _RouterPass:
     """The routers' choices during one forward pass."""
 
-    def __init__(self, batch: Batch, spans: tuple[str, ...], routers: dict[int, nn.Module], experts: int) -> None:
-        self.batch, self.spans, self.routers, self.experts = batch, spans, routers, experts
+    def __init__(self, batch: Batch, spans: tuple[str, ...], layers: Layers, experts: int) -> None:
+        self.batch, self.spans, self.layers, self.experts = batch, spans, layers, experts
         self.sums: dict[int, Tensor] = {}
         self._moved: dict[torch.device, Tensor] = {}
 
-    @contextmanager
-    def hear(self, layer: int, router: nn.Module) -> Iterator[None]:
-        """Take the choices of one layer while the context is open."""
-
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            self.take(layer, *choices(output, f"layer {layer}"))
-
-        handle = router.register_forward_hook(hook)
-        try:
-            yield
-        finally:
-            handle.remove()
-
-    def take(self, layer: int, ids: Int[Tensor, "token chosen"], weights: Float[Tensor, "token chosen"]) -> None:
+    def take(self, layer: int, routing: Routing, states: Tensor | None) -> None:
         """Add up one layer's choices over the tokens of every span."""
-        rows = torch.zeros(len(ids), 2 * self.experts, device=ids.device)
-        rows.scatter_(1, ids, 1.0)
-        rows.scatter_(1, ids + self.experts, weights.float())
-        inside = self._inside(ids.device)
-        self.sums[layer] = torch.bmm(inside, rows.reshape(len(inside), -1, 2 * self.experts))
+        ids = routing.ids
+        rows = torch.zeros(*ids.shape[:2], 2 * self.experts, device=ids.device)
+        rows.scatter_(2, ids, 1.0)
+        rows.scatter_(2, ids + self.experts, routing.weights.float())
+        self.sums[layer] = torch.bmm(self._inside(ids.device), rows)
 
     def _inside(self, device: torch.device) -> Float[Tensor, "trace span token"]:
         """One where a token of a trace lies in a span."""
@@ -143,40 +131,18 @@ class _RouterPass:
         Raises:
             SteerError: a router was not called.
         """
-        missing = [layer for layer in self.routers if layer not in self.sums]
+        missing = [layer for layer in self.layers if layer not in self.sums]
         if missing:
             raise SteerError(
                 f"the router of layer {missing[0]} was not called in the pass",
                 "experts chosen by the module that the anatomy names",
                 "Correct `experts: router` in a copy of the record and give it with anatomy=FILE",
             )
-        first = self.sums[next(iter(self.routers))].device
-        sums = torch.stack([self.sums[layer].to(first) for layer in self.routers], dim=2).cpu()
+        first = self.sums[self.layers[0]].device
+        sums = torch.stack([self.sums[layer].to(first) for layer in self.layers], dim=2).cpu()
         counts, weights = torch.split(sums, self.experts, dim=-1)
         found = {}
         for column, span in enumerate(self.spans):
             found[f"{COUNT}/{span}"] = counts[:, column].round().int()
             found[f"{WEIGHT}/{span}"] = weights[:, column].contiguous()
         return found
-
-
-def choices(output: Any, where: str) -> tuple[Int[Tensor, "token chosen"], Float[Tensor, "token chosen"]]:
-    """Return the ids and the weights of the chosen experts from what a router returns.
-
-    Families return (logits, weights, ids) or (ids, weights, logits): the ids are the whole numbers, the weights stand in
-    the middle.
-
-    Raises:
-        SteerError: it returned something else.
-    """
-    tensors = [part for part in output if isinstance(part, Tensor)] if isinstance(output, tuple | list) else []
-    ids = [part for part in tensors if not part.is_floating_point()]
-    if len(tensors) != 3 or len(ids) != 1 or tensors[1] is ids[0] or tensors[1].shape != ids[0].shape:
-        shapes = ", ".join(f"{part.dtype} {tuple(part.shape)}" for part in tensors) or type(output).__name__
-        raise SteerError(
-            f"the router of {where} returned {shapes}",
-            "the ids of the chosen experts, their weights and the logits",
-            "Use a transformers version that this family's record was read off",
-        )
-    chosen = ids[0].shape[-1]
-    return ids[0].reshape(-1, chosen).long(), tensors[1].reshape(-1, chosen)

@@ -22,6 +22,7 @@ from steer.backends.transformer_lens import HOOKS, hook_name
 from steer.errors import SteerError
 from steer.hooks import Reader, Wanted
 from steer.model import SteerableModel, wrap
+from steer.routing import Listener, Routing, chosen
 
 FINAL = "unembed.hook_in"
 SPLIT_OTHERWISE = ("deepseek_v3", "gemma4_text")
@@ -90,6 +91,21 @@ class LensModel(SteerableModel):
             stack.enter_context(self.bridge.hooks(fwd_hooks=hooks))
             yield
 
+    @contextmanager
+    def hear(self, listener: Listener, layers: Sequence[int] | None = None) -> Iterator[None]:
+        """Call `listener(layer, routing, None)` in the bridge's pass, as `SteerableModel.hear`."""
+        experts = self.anatomy.record.experts
+        with ExitStack() as stack:
+            for layer in self.anatomy.expert_layers if layers is None else layers:
+                self.taps.check_place("router", layer)
+                assert experts is not None, "check_place refuses models without experts"
+                router = self.bridge.blocks[layer].get_submodule(experts.router)
+                shape: list[tuple[int, int]] = []
+                stack.enter_context(self.read(_shaped(shape), {"resid_pre": [layer]}))
+                handle = router.register_forward_hook(_hearing(listener, layer, shape))
+                stack.callback(handle.remove)
+            yield
+
     def _check(self, site: str, layer: int) -> None:
         split = site == "z" and self.anatomy.family in SPLIT_OTHERWISE
         if split or (site in ("z", "attn_out") and layer in self.anatomy.linear_layers):
@@ -153,6 +169,21 @@ def adopt(bridge: Any, tokenizer: Any = None, *, name: str = "") -> LensModel:
     model = LensModel(parts.hf, parts.tokenizer, parts.taps, parts.identity, parts.marks)
     model.bridge = bridge
     return model
+
+
+def _shaped(shape: list[tuple[int, int]]) -> Reader:
+    def observe(site: str, layer: int, value: Tensor, states: Tensor | None) -> None:
+        shape[:] = [(value.shape[0], value.shape[1])]
+
+    return observe
+
+
+def _hearing(listener: Listener, layer: int, shape: list[tuple[int, int]]) -> Any:
+    def hook(module: Any, args: Any, output: Any) -> None:
+        _, weights, ids = (part.reshape(*shape[0], -1) for part in chosen(output, f"layer {layer}"))
+        listener(layer, Routing(ids, weights), None)
+
+    return hook
 
 
 def _observing(callback: Reader, site: str, layer: int) -> Any:

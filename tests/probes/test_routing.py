@@ -9,7 +9,9 @@ import pytest
 import torch
 
 import probes
-from probes.collect.routing import RouterCounts, choices
+from probes.collect.recorders import Batch
+from probes.collect.routing import RouterCounts
+from steer import BiasRouter, ScaleExperts, Steering
 from steer.errors import SteerError
 from steer.traces import Traces
 from tests import tiny
@@ -164,18 +166,28 @@ def test_a_router_that_is_never_called_is_an_error() -> None:
         probes.collect(model, run, recorders=[RouterCounts()])
 
 
-@pytest.mark.parametrize(
-    "output",
-    [torch.zeros(2, 3), (torch.zeros(2, 3), torch.zeros(2, 2)), (torch.zeros(2, 4), torch.zeros(2, 3), torch.zeros(2, 2, dtype=torch.long))],
-)  # fmt: skip
-def test_a_router_that_returns_something_else_is_refused(output: object) -> None:
-    with pytest.raises(SteerError, match=r"(?i)the router of layer 7"):
-        choices(output, "layer 7")
-
-
-def test_where_every_expert_is_chosen_weights_are_no_logits() -> None:
-    ids, weights, logits = torch.tensor([[1, 0]]), torch.tensor([[0.6, 0.4]]), torch.tensor([[3.0, 4.0]])
-    for output in ((logits, weights, ids), (ids, weights, logits)):
-        found = choices(output, "layer 0")
-        assert torch.equal(found[0], ids)
-        assert torch.equal(found[1], weights)
+def test_what_is_counted_is_what_the_blocks_see() -> None:
+    """Whichever context was opened first: forced experts count where they are forced, and scaled weights scaled."""
+    model, run = made.model("qwen3_moe"), made.traces(4)
+    forcing = Steering((BiasRouter(force_in=((1, 2),)), ScaleExperts(((3, 0),), 4.0)))
+    recorder = RouterCounts(("all",))
+    plain = probes.collect(model, run, recorders=[recorder])
+    views = [probes.collect(model.with_(forcing), run, recorders=[recorder])]
+    with model.steered(forcing):
+        views.append(probes.collect(model, run, recorders=[recorder]))
+    batch, prepared = Batch(tuple(run), {}), recorder.prepare(model, (1, 3))
+    one = prepared.start(batch)
+    assert prepared.within is not None
+    with prepared.within(one), model.steered(forcing):  # The listener is there before the steering.
+        final = model.run([trace.tokens for trace in batch.traces], head=False)
+    late = one.rows(final)
+    for summary in views:
+        count, weight = summary.values("router.count/all"), summary.values("router.weight/all")
+        lengths = torch.tensor([len({t.id: t for t in run}[row.id].tokens) for row in summary.rows])
+        assert torch.equal(count[:, 0, 2], lengths.to(count.dtype))
+        assert (plain.values("router.count/all")[:, 0, 2] < lengths).all()
+        mean = weight[:, 1, 0].sum() / count[:, 1, 0].sum()
+        assert mean > 1, "four times a share of a sum that is 1"
+        rows = {row.id: index for index, row in enumerate(summary.rows)}
+        for index, trace in enumerate(batch.traces):
+            assert torch.equal(torch.as_tensor(late["router.count/all"][index]), count[rows[trace.id]])
