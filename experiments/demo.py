@@ -9,30 +9,26 @@ of heads stand in the card.
 from __future__ import annotations
 
 import json
-import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from edits.agreement import Agreement
 from edits.thinkedit import thinkedit
 from edits.verify import verify
+from experiments.bench import PLAIN, RESULT, Bench, Tell, one_thread, own_folder, refuse_existing
 from experiments.curve import Curve, steering_curve, steering_for
 from experiments.demo_probes import Probed, carried, control_seed, judged, recorders, side_effects
 from experiments.demo_result import DemoResult, Edit
-from experiments.evaluate import evaluate
 from experiments.run import Run
 from probes.collect.run import collect
 from probes.directions import length_direction
 from probes.heads import head_scores
 from steer.errors import SteerError
 from steer.files import write_text
-from steer.generation import Progress, Sampling
+from steer.generation import Sampling
 from steer.model import load
 
 if TYPE_CHECKING:
@@ -41,11 +37,6 @@ if TYPE_CHECKING:
     from steer.model import SteerableModel
     from steer.scores import HeadScores
     from steer.steering import Steering
-
-RESULT, MARK = "result.json", "demo.yaml"
-PLAIN = "baseline"
-Tell = Callable[[str, int, int, str], None]
-"""Called with (what is done now, steps done, steps in all, tokens per second or nothing)."""
 
 
 @dataclass(frozen=True)
@@ -108,46 +99,10 @@ class Plan:
         return 10 + points * (1 + self.controls) + self.controls
 
 
-@dataclass
-class _Bench:
-    """Where runs go, and what is told meanwhile."""
-
-    out: Path
-    sampling: Sampling
-    seed: int
-    plan: Plan
-    tell: Tell
-    done: int = 0
-
-    @contextmanager
-    def step(self, label: str) -> Iterator[None]:
-        self.tell(label, self.done, self.plan.steps, "")
-        yield
-        self.done += 1
-
-    def evaluate(self, model: SteerableModel, name: str, task: str = "chain", limit: int = 0, samples: int = 1) -> Run:
-        with self.step(name):
-
-            def moved(state: Progress) -> None:
-                self.tell(name, self.done, self.plan.steps, f"{state.tokens_per_second:.0f} tokens/s")
-
-            return evaluate(
-                model,
-                task,
-                out=self.out / "runs" / name,
-                sampling=self.sampling,
-                samples=samples,
-                seed=self.seed,
-                limit=limit or self.plan.questions,
-                progress=moved,
-            )
-
-
 def demo(
     out: str | Path,
     seed: int = 0,
     *,
-    moe: bool = False,
     model: str = "organism:chain",
     plan: Plan | None = None,
     tell: Tell | None = None,
@@ -157,27 +112,17 @@ def demo(
     Args:
         out: gets `report.html`, `result.json`, `checkpoint/`, `runs/`, and the direction, scores, steering and patch.
         seed: of the sampling and of the controls.
-        moe: the loop on the mixture-of-experts organism, which this version does not have.
         model: an organism.
         plan: None takes the one of the organism's card.
         tell: called as the work goes on.
 
     Raises:
-        SteerError: `out` exists, `moe` was asked for, or the model is no organism.
+        SteerError: `out` exists, or the model is no organism.
     """
     out = Path(out)
-    if moe:
-        raise SteerError(
-            "the demo was asked for on organism:chain-moe, which is not bundled in this version",
-            "the dense organism",
-            "Leave out --moe",
-        )
-    if out.exists():
-        raise SteerError(
-            f"{out} exists already", "a folder that does not exist yet", "Choose another --out, or remove it"
-        )
+    refuse_existing(out)
     began = time.monotonic()
-    with _one_thread():
+    with one_thread():
         return _demo(load(model), out, seed, plan, tell or (lambda *_: None), began)
 
 
@@ -187,9 +132,8 @@ def _demo(base: SteerableModel, out: Path, seed: int, plan: Plan | None, tell: T
     from experiments.report import write_report
 
     plan = Plan.of(base.card) if plan is None else plan
-    out.mkdir(parents=True)
-    write_text(out / MARK, f"made_by: steer demo\nmodel: {base.name}\nseed: {seed}\n")
-    bench = _Bench(out, Sampling.of(base), seed, plan, tell)
+    own_folder(out, base.name, seed)
+    bench = Bench(out, Sampling.of(base), seed, plan.questions, plan.steps, tell)
     baseline = bench.evaluate(base, PLAIN)
     fit = bench.evaluate(base, "fit", "chain:fit", plan.fit_questions, plan.fit_samples)
     with bench.step("read activations"):
@@ -199,7 +143,7 @@ def _demo(base: SteerableModel, out: Path, seed: int, plan: Plan | None, tell: T
         quality = judged(direction, summary, plan, seed)
     steering = steering_for(direction, plan.site, plan.layers, "steered")
     steering.save(out / "steering.yaml")
-    curve, controls = _curves(bench, base, direction, steering, baseline)
+    curve, controls = _curves(bench, plan, base, direction, steering, baseline)
     with bench.step("side effects"):
         effects = side_effects(base, curve, steering, baseline, plan, seed)
     with bench.step("score heads"):
@@ -207,8 +151,12 @@ def _demo(base: SteerableModel, out: Path, seed: int, plan: Plan | None, tell: T
         scores.save(out / "scores.safetensors")
     with bench.step("patch heads"):
         share = carried(base, fit, summary, direction, scores, plan, seed)
-    edit, agreement = _edited(bench, base, direction, scores, baseline)
-    edits = (edit, _other_edit(bench, base, summary, scores), *_control_edits(bench, base, direction, scores))
+    edit, agreement = _edited(bench, plan, base, direction, scores)
+    edits = (
+        edit,
+        _other_edit(bench, plan, base, summary, scores),
+        *_control_edits(bench, plan, base, direction, scores),
+    )
     result = DemoResult(
         out=out,
         model=base.name,
@@ -227,7 +175,7 @@ def _demo(base: SteerableModel, out: Path, seed: int, plan: Plan | None, tell: T
         agreement=agreement,
         seconds=time.monotonic() - began,
     )
-    tell("report", plan.steps, plan.steps, "")
+    bench.report()
     write_report(result, out / "report.html")
     write_text(out / RESULT, json.dumps(result.to_dict(), indent=1) + "\n")
     return result
@@ -241,9 +189,8 @@ def _direction(summary: Summary, plan: Plan, span: str, file: Path) -> Direction
 
 
 def _curves(
-    bench: _Bench, base: SteerableModel, direction: Direction, steering: Steering, baseline: Run
+    bench: Bench, plan: Plan, base: SteerableModel, direction: Direction, steering: Steering, baseline: Run
 ) -> tuple[Curve, tuple[Curve, ...]]:
-    plan = bench.plan
     curve = steering_curve(base, steering, plan.coefficients, baseline, bench.evaluate)
     controls = []
     for draw in range(plan.controls):
@@ -254,10 +201,10 @@ def _curves(
 
 
 def _edited(
-    bench: _Bench, base: SteerableModel, direction: Direction, scores: HeadScores, baseline: Run
+    bench: Bench, plan: Plan, base: SteerableModel, direction: Direction, scores: HeadScores
 ) -> tuple[Edit, Agreement]:
     """Patch the best heads into a checkpoint, verify it against the hook form, and evaluate what was written."""
-    heads = scores.top(bench.plan.heads)
+    heads = scores.top(plan.heads)
     patch = thinkedit(direction, heads, model=base)
     patch.save(bench.out / "patch.safetensors")
     checkpoint = bench.out / "checkpoint"
@@ -269,9 +216,8 @@ def _edited(
     return Edit("ThinkEdit", heads, run), agreement
 
 
-def _other_edit(bench: _Bench, base: SteerableModel, summary: Summary, scores: HeadScores) -> Edit:
+def _other_edit(bench: Bench, plan: Plan, base: SteerableModel, summary: Summary, scores: HeadScores) -> Edit:
     """The edit whose direction and scores come from the other span."""
-    plan = bench.plan
     direction = _direction(summary, plan, plan.other_span, bench.out / "direction-other-span.safetensors")
     heads = head_scores(summary, direction, base, permutations=0, splits=0).top(plan.heads)
     patch = thinkedit(direction, heads, model=base)
@@ -279,42 +225,15 @@ def _other_edit(bench: _Bench, base: SteerableModel, summary: Summary, scores: H
     return Edit(f"ThinkEdit, span {plan.other_span}", heads, run, kind="other span")
 
 
-def _control_edits(bench: _Bench, base: SteerableModel, direction: Direction, scores: HeadScores) -> Iterator[Edit]:
+def _control_edits(
+    bench: Bench, plan: Plan, base: SteerableModel, direction: Direction, scores: HeadScores
+) -> Iterator[Edit]:
     """The same edit on random other heads, and of the same heads along a random direction."""
-    best = scores.top(bench.plan.heads)
-    for draw in range(bench.plan.controls):
+    best = scores.top(plan.heads)
+    for draw in range(plan.controls):
         heads = scores.random(len(best), seed=1000 * bench.seed + draw, exclude=best)
         run = bench.evaluate(base.with_(thinkedit(direction, heads)), f"random-heads-{draw + 1}")
         yield Edit(f"{len(best)} random other heads, draw {draw + 1}", heads, run, kind="random heads")
     random = direction.random_like(control_seed(bench.seed))
     run = bench.evaluate(base.with_(thinkedit(random, best)), "random-direction")
     yield Edit("the same heads, a random direction", best, run, kind="random direction")
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """So tiny a model is slower on several threads, and its bytes then depend on their number."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def clear_own(folder: Path) -> None:
-    """Remove a folder that the demo made; leave one that does not exist.
-
-    Raises:
-        SteerError: something else is there.
-    """
-    if not folder.exists():
-        return
-    mark = folder / MARK
-    if not mark.is_file() or not mark.read_text("utf-8").startswith("made_by: steer demo\n"):
-        raise SteerError(
-            f"the folder {folder} exists and was not made by the demo",
-            "no such folder, or the one of an earlier demo, which is replaced",
-            "Remove it, or choose another with --out",
-        )
-    shutil.rmtree(folder)

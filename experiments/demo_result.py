@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from experiments import probe_wording, wording
+from experiments.changes import Change, beyond, closed_share, figures, short_share, standing
 from experiments.curve import Curve
 from experiments.run import Run
-from experiments.summary import Figure, Replies
-from steer.intervals import Interval, paired
+from steer.intervals import Interval
 
 if TYPE_CHECKING:
     from edits.agreement import Agreement
@@ -41,20 +41,6 @@ class Edit:
     heads: Heads
     run: Run
     kind: str = "thinkedit"
-
-
-@dataclass(frozen=True)
-class Change:
-    """What an edit changed, with paired intervals over questions."""
-
-    accuracy: Interval
-    short_share: Interval
-    mean_thinking_tokens: Interval
-    accuracy_of_shortest_fifth: Interval
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
-        return {name: interval.to_dict() for name, interval in vars(self).items()}
 
 
 @dataclass(frozen=True)
@@ -116,30 +102,16 @@ class DemoResult:
 
     def change(self, edit: Edit) -> Change:
         """What an edit changed against the unchanged model, questions paired."""
-        before, after = self.baseline.replies, edit.run.replies
-
-        def difference(figure: str) -> Interval:
-            first, second = (_statistic(replies, getattr(replies, figure)) for replies in (before, after))
-            return paired(first, second, len(before.rows), seed=self.seed)
-
-        shortest = paired(before.shortest(0, 0.2), after.shortest(0, 0.2), len(before.rows), seed=self.seed)
-        return Change(difference("correct"), difference("short"), difference("length"), shortest)
+        return Change.between(self.baseline, edit.run, self.seed)
 
     def beyond_random_heads(self) -> Interval:
         """How much more accuracy ThinkEdit gained than random heads did."""
-        edited = self.edit.run.replies
-        others = [_statistic(edit.run.replies, edit.run.replies.correct) for edit in self.random_heads]
-        return paired(
-            lambda drawn: np.mean([other(drawn) for other in others], axis=0),
-            edited.statistic(edited.correct),
-            len(edited.rows),
-            seed=self.seed,
-        )
+        return beyond(self.edit.run, [edit.run for edit in self.random_heads], self.seed)
 
     def sentences(self) -> tuple[str, ...]:
         """The findings in plain words, a paragraph each, in the order of the work."""
         return (
-            wording.baseline(self),
+            wording.baseline(self.model, self.baseline),
             probe_wording.direction(self),
             wording.steering(self),
             probe_wording.side_effects(self),
@@ -155,14 +127,7 @@ class DemoResult:
         return {
             "model": self.model,
             "base_checkpoint": str(self.base_checkpoint),
-            "baseline": {
-                "accuracy": before.accuracy,
-                "mean_thinking_tokens": before.mean_thinking_tokens,
-                "short_share": short_share(before),
-                "closed_share": before.summary["thoughts"]["closed"]["value"],
-                "replies": before.summary["replies"],
-                "intervals": _intervals(before),
-            },
+            "baseline": standing(before),
             "steering": self._steering(),
             **self.probed.to_dict(),
             "thinkedit": {
@@ -196,13 +161,13 @@ class DemoResult:
             "mean_thinking_tokens": self.curve.lengths,
             "accuracy": self.curve.accuracies,
             "control_mean_thinking_tokens": [_mean(column) for column in zip(*by_draw, strict=True)],
-            "closed_share": [run.summary["thoughts"]["closed"]["value"] for run in self.curve.runs],
+            "closed_share": [closed_share(run) for run in self.curve.runs],
             "short_share": [short_share(run) for run in self.curve.runs],
             "control_accuracy": [
                 _mean(column) for column in zip(*(control.accuracies for control in self.controls), strict=True)
             ],
             "control_mean_thinking_tokens_by_draw": by_draw,
-            "intervals": [_intervals(run) for run in self.curve.runs],
+            "intervals": [figures(run) for run in self.curve.runs],
             "slope": self.curve.slope(self.seed).to_dict(),
             "control_slopes": [control.slope(self.seed).to_dict() for control in self.controls],
             "slope_beyond_controls": self.curve.slope_beyond(self.controls, self.seed).to_dict(),
@@ -220,28 +185,9 @@ class DemoResult:
             "accuracy": edit.run.accuracy,
             "short_share": short_share(edit.run),
             "mean_thinking_tokens": edit.run.mean_thinking_tokens,
-            "closed_share": edit.run.summary["thoughts"]["closed"]["value"],
+            "closed_share": closed_share(edit.run),
             "change": self.change(edit).to_dict(),
         }
-
-
-def short_share(run: Run) -> float | None:
-    """Share of the finished thoughts that are short."""
-    value = run.summary["thoughts"]["short"]["value"]
-    return None if value is None else float(value)
-
-
-def _statistic(replies: Replies, figure: Figure) -> Any:
-    return replies.statistic(figure)
-
-
-def _intervals(run: Run) -> dict[str, Any]:
-    return {
-        "accuracy": run.summary["accuracy"],
-        "mean_thinking_tokens": run.summary["thinking_tokens"]["mean"],
-        "short_share": run.summary["thoughts"]["short"],
-        "closed_share": run.summary["thoughts"]["closed"],
-    }
 
 
 def _mean(values: tuple[float | None, ...]) -> float | None:

@@ -8,18 +8,15 @@ from __future__ import annotations
 import argparse
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
-from html import escape
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from experiments import charts, probe_charts, probe_wording, wording
 from experiments.charts import Series
-from experiments.run import Run
+from experiments.page import Example, chosen_examples, filled, interval, is_short
 from steer.files import write_text
 from steer.intervals import Interval
 from steer.trace import Trace
@@ -31,23 +28,6 @@ if TYPE_CHECKING:
 FIFTHS = ("shortest", "2nd", "3rd", "4th", "longest")
 
 
-@dataclass(frozen=True)
-class Example:
-    """One question with the replies of several forms of the model side by side.
-
-    Attributes:
-        why: what it is an example of.
-        question: as the user said it.
-        gold: the right answer.
-        replies: heading, HTML of the reply, tokens of thought, whether it is right.
-    """
-
-    why: str
-    question: str
-    gold: str
-    replies: tuple[tuple[str, Markup, str, bool], ...]
-
-
 def write_report(result: DemoResult, file: Path) -> None:
     """Write the report of a demo; the file must not exist."""
     write_text(file, render(result))
@@ -55,15 +35,8 @@ def write_report(result: DemoResult, file: Path) -> None:
 
 def render(result: DemoResult) -> str:
     """The HTML of the report."""
-    environment = Environment(
-        loader=PackageLoader("experiments", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"percent": wording.percent, "tokens": wording.tokens}
-    return environment.get_template("demo.html.jinja").render(
+    return filled(
+        "demo.html.jinja",
         result=result,
         sentences=wording.headline(result),
         said={name: getattr(probe_wording, name)(result) for name in ("direction", "side_effects", "heads")},
@@ -78,14 +51,8 @@ def render(result: DemoResult) -> str:
         table=[_row(result, edit) for edit in result.edits],
         slopes=_slopes(result),
         examples=examples(result),
-        verification=result.agreement.rows(),
         provenance=provenance(result),
     )
-
-
-def interval(found: dict[str, Any]) -> Interval:
-    """An interval of a run's summary."""
-    return Interval(found["value"], found.get("low"), found.get("high"))
 
 
 def steering_charts(result: DemoResult) -> tuple[str, str, str]:
@@ -94,7 +61,7 @@ def steering_charts(result: DemoResult) -> tuple[str, str, str]:
 
     def series(*path: str) -> list[Series]:
         def points(curve: Curve) -> tuple[Interval, ...]:
-            return tuple(interval(_at(run, *path)) for run in curve.runs)
+            return tuple(interval(run, *path) for run in curve.runs)
 
         controls = [
             Series(f"random direction {number}", "control", curve.coefficients, points(curve))
@@ -114,13 +81,6 @@ def steering_charts(result: DemoResult) -> tuple[str, str, str]:
     )
 
 
-def _at(run: Run, *path: str) -> dict[str, Any]:
-    found: dict[str, Any] = run.summary
-    for key in path:
-        found = found[key]
-    return found
-
-
 def head_chart(result: DemoResult) -> str:
     """The map of head scores with the edited heads outlined."""
     return charts.head_map(result.scores.values.tolist(), result.edit.heads, "Score of every attention head")
@@ -129,7 +89,7 @@ def head_chart(result: DemoResult) -> str:
 def fifths_chart(result: DemoResult) -> str:
     """Accuracy by length of thought, before and after the edit."""
     before, after = (
-        [interval(found) for found in run.summary["accuracy_by_fifth_of_length"]]
+        [Interval(each["value"], each["low"], each["high"]) for each in run.summary["accuracy_by_fifth_of_length"]]
         for run in (result.baseline, result.edit.run)
     )
     return charts.category_chart(
@@ -148,14 +108,14 @@ def edit_charts(result: DemoResult) -> tuple[str, str]:
     kinds = {"thinkedit": "main", "other span": "after"}
 
     def rows(*path: str) -> list[tuple[str, str, Interval]]:
-        unchanged = ("unchanged", "before", interval(_at(result.baseline, *path)))
+        unchanged = ("unchanged", "before", interval(result.baseline, *path))
         return [
             unchanged,
-            *((edit.name, kinds.get(edit.kind, "control"), interval(_at(edit.run, *path))) for edit in result.edits),
+            *((edit.name, kinds.get(edit.kind, "control"), interval(edit.run, *path)) for edit in result.edits),
         ]
 
     def chart(title: str, x: str, *path: str) -> str:
-        return charts.row_chart(rows(*path), title, x, _at(result.baseline, *path)["value"])
+        return charts.row_chart(rows(*path), title, x, interval(result.baseline, *path).value)
 
     return (
         chart("Accuracy by edit", "right answers", "accuracy"),
@@ -189,18 +149,13 @@ def _slopes(result: DemoResult) -> list[tuple[str, str]]:
 
 
 def examples(result: DemoResult) -> list[Example]:
-    """Replies to the first questions, in the order of the run, of three kinds; kinds without a question are left out.
-
-    The sampling of a question uses the same random numbers in every form of the model, so that what differs is the
-    change.
-    """
-    pairs = list(zip(result.baseline.traces, result.edit.run.traces, strict=True))
+    """Replies of three kinds, beside those of both ends of the steering."""
 
     def repaired(before: Trace, after: Trace) -> bool:
-        return _short(result, before) and not before.correct and bool(after.correct)
+        return is_short(result.baseline, before) and not before.correct and bool(after.correct)
 
     def same(before: Trace, after: Trace) -> bool:
-        return bool(before.correct and after.correct) and not _short(result, before)
+        return bool(before.correct and after.correct) and not is_short(result.baseline, before)
 
     def harmed(before: Trace, after: Trace) -> bool:
         return bool(before.correct) and not after.correct
@@ -210,46 +165,13 @@ def examples(result: DemoResult) -> list[Example]:
         ("The edit changed nothing that matters", same),
         ("The edit did harm, or chance did", harmed),
     )
-    chosen = []
-    for why, fits in kinds:
-        place = next((index for index, pair in enumerate(pairs) if fits(*pair)), None)
-        if place is not None:
-            chosen.append(_example(result, why, place))
-    return chosen
-
-
-def _short(result: DemoResult, trace: Trace) -> bool:
-    below = result.baseline.short_below.get(trace.item)
-    return below is not None and bool(trace.closed) and (trace.thinking_tokens or 0) < below
-
-
-def _example(result: DemoResult, why: str, place: int) -> Example:
     forms = (
         ("unchanged", result.baseline),
         ("ThinkEdit", result.edit.run),
         (f"steered by {charts.number(result.curve.coefficients[0])}", result.curve.runs[0]),
         (f"steered by {charts.number(result.curve.coefficients[-1])}", result.curve.runs[-1]),
     )
-    marks = result.card["marks"]
-    trace = result.baseline.traces[place]
-    replies = []
-    for heading, run in forms:
-        reply = run.traces[place]
-        length = f"{reply.thinking_tokens} tokens of thought" if reply.closed else "the thought was not closed"
-        replies.append((heading, marked(reply.text, marks["opening"], marks["closing"]), length, bool(reply.correct)))
-    question = trace.prompt if isinstance(trace.prompt, str) else str(trace.prompt[-1]["content"])
-    return Example(why, question, trace.gold or "", tuple(replies))
-
-
-def marked(text: str, opening: str, closing: str) -> Markup:
-    """A reply as HTML, its thinking set off by colour and by its own marks in bold."""
-    before, found, rest = text.partition(opening)
-    if not found:
-        return Markup(escape(text))
-    thought, closed, answer = rest.partition(closing)
-    end = f"<b>{escape(closing)}</b>" if closed else ""
-    inner = f"<b>{escape(opening)}</b>{escape(thought)}{end}"
-    return Markup(f'{escape(before)}<span class="thought">{inner}</span>{escape(answer)}')
+    return chosen_examples(kinds, result.baseline, result.edit.run, forms, result.card["marks"])
 
 
 def provenance(result: DemoResult) -> list[tuple[str, str]]:

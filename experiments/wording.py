@@ -8,6 +8,7 @@ from steer.intervals import Interval
 
 if TYPE_CHECKING:
     from experiments.demo_result import DemoResult
+    from experiments.run import Run
 
 UNKNOWN = "not known"
 SPACE = "\u00a0"  # Keeps a number and its unit on one line.
@@ -72,15 +73,14 @@ def clear(change: Interval) -> bool:
 
 def headline(result: DemoResult) -> tuple[str, ...]:
     """The baseline, steering, the edit, and the verification, a paragraph each; what probes say is in `probe_wording`."""
-    return (baseline(result), steering(result), editing(result), verification(result))
+    return (baseline(result.model, result.baseline), steering(result), editing(result), verification(result))
 
 
-def baseline(result: DemoResult) -> str:
+def baseline(model: str, run: Run) -> str:
     """How the unchanged model does."""
-    run = result.baseline
     short = run.summary["thoughts"]["short"]["value"]
     return (
-        f"Unchanged, {result.model} gives the right answer in {percent(run.accuracy)} of {run.summary['replies']} replies to"
+        f"Unchanged, {model} gives the right answer in {percent(run.accuracy)} of {run.summary['replies']} replies to"
         f" questions that were used for nothing else. Its thoughts are {tokens(run.mean_thinking_tokens)} tokens long on"
         f" average; {percent(short)} of them are short: they stop before every step has been written once."
     )

@@ -8,8 +8,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from edits.thinkedit import thinkedit
-from experiments.demo import MARK, Plan, clear_own, demo
-from experiments.demo_result import short_share
+from experiments.bench import MARK, clear_own
+from experiments.changes import short_share
+from experiments.demo import Plan, demo
 from experiments.run import Run
 from steer.directions import Direction
 from steer.errors import SteerError
@@ -130,8 +131,6 @@ def test_the_plan_is_the_cards():
 
 
 def test_refusals(tmp_path, tiny_folder):
-    with pytest.raises(SteerError, match="not bundled"):
-        demo(tmp_path / "demo", moe=True)
     with pytest.raises(SteerError, match="no organism"):
         demo(tmp_path / "demo", model=str(tiny_folder("qwen3")))
     assert not (tmp_path / "demo").exists()

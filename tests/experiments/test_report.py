@@ -6,7 +6,8 @@ from itertools import pairwise
 import pytest
 
 from experiments.figure import draw
-from experiments.report import examples, main, marked, render
+from experiments.page import marked
+from experiments.report import examples, main, render
 from experiments.wording import editing, percent
 from steer.errors import SteerError
 

@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 import experiments.demo
-from experiments.demo import MARK
+from experiments.bench import MARK
 from steer.cli import app
-from steer.errors import SteerError
 
 
 class BegunError(Exception):
@@ -23,9 +22,7 @@ def folders(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     asked: list[tuple[Path, int]] = []
 
-    def noted(out, seed=0, *, moe=False, tell=None):
-        if moe:
-            raise SteerError("not bundled")
+    def noted(out, seed=0, *, tell=None):
         asked.append((Path(out), seed))
         raise BegunError
 
