@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import yaml
 
 from edits.checkpoint.folder import OURS
+from edits.checkpoint.manifest import DUMPER, LOADER
 from steer.artifacts import code_version
 from steer.errors import SteerError
 from steer.files import write_text
@@ -115,9 +116,8 @@ class MergeManifest:
         data = asdict(self) | {"code_version": code_version()}
         data["models"], data["tensors"] = list(data["models"]), list(data["tensors"])
         write_text(folder / RECIPE, recipe, overwrite=True)
-        write_text(
-            folder / MANIFEST, yaml.safe_dump(data, sort_keys=False, width=4096, allow_unicode=True), overwrite=True
-        )
+        text = yaml.dump(data, Dumper=DUMPER, sort_keys=False, width=4096, allow_unicode=True)
+        write_text(folder / MANIFEST, text, overwrite=True)
 
     @classmethod
     def read(cls, folder: Path) -> MergeManifest:
@@ -128,7 +128,7 @@ class MergeManifest:
         """
         path = folder / MANIFEST
         try:
-            data = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+            data = yaml.load(path.read_text(encoding="utf-8"), Loader=LOADER) if path.is_file() else None
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise SteerError(
                 f"{path} is damaged ({type(error).__name__})", "the manifest that was written", "Merge again"

@@ -1,8 +1,8 @@
 """From one job to the bytes that are written, with what is worth knowing about them: hash, changes, survival.
 
-Three threads work at once: one reads a piece and does its arithmetic, one hashes and measures the piece before (in
-seconds of one core per 2 GB of bf16 from three models: 2.5 and 1.9), and the caller writes; some pieces may wait for it,
-since a disk that falls behind holds its writer for a moment every so often.
+Two threads work at once: one reads a piece, does its arithmetic and measures it while it is in the cache; the caller
+hashes and writes. Some pieces may wait for the caller, since a disk that falls behind holds its writer for a moment
+every so often.
 """
 
 from __future__ import annotations
@@ -12,19 +12,16 @@ import math
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from numpy.typing import NDArray
-from torch import Tensor
 
 from edits.checkpoint.stream import Bytes, Json
 from edits.merge.job import Job
-from edits.merge.pieces import TORCH, WAITING, Room, Rooms, reading
+from edits.merge.pieces import TORCH, WAITING, Rooms, reading
 from edits.merge.stream import STREAMS, Result, changes
 from steer.anatomy.headers import BYTES
 
@@ -36,24 +33,6 @@ _WORD: dict[str, type[np.unsignedinteger[Any]]] = {
     "F16": np.uint16,
 }
 _EXPONENT = {"F64": 0x7FF << 52, "F32": 0xFF << 23, "BF16": 0xFF << 7, "F16": 0x1F << 10}
-
-
-@dataclass(frozen=True)
-class Cast:
-    """One piece as it will be stored.
-
-    Attributes:
-        data: its bytes.
-        change: the wanted change of the base in float64; None for methods without one.
-        wanted: squared norm of that.
-        out, base: buffers of what goes out, and of the first source.
-    """
-
-    data: Bytes
-    change: Float[Tensor, " n"] | None
-    wanted: float
-    out: Room
-    base: Room
 
 
 class Produced:
@@ -79,36 +58,34 @@ class Produced:
         """Yield the bytes in order; each piece is valid until the next."""
         self._begin()
         with reading(self._job.sources, self._rooms) as reader:
-            cast = (self._cast(result) for result in STREAMS[self._job.method](self._job, reader, self._note))
-            if not reader.many:
-                yield from map(self._measured, cast)
-                return
-            with ahead(cast, 1) as made, ahead((self._measured(piece).copy() for piece in made), WAITING) as measured:
-                yield from measured
+            results = STREAMS[self._job.method](self._job, reader, self._note)
+            made = (self._made(number, result) for number, result in enumerate(results))
+            with ahead(made, WAITING) if reader.many else nullcontext(made) as pieces:
+                for data in pieces:
+                    self._hash.update(data.data)
+                    yield data
 
-    def _cast(self, result: Result) -> Cast:
-        size, out, base = result.numbers.numel(), result.piece.rooms(0), result.piece.rooms(1)
-        data: Bytes = out.raw[: size * BYTES[self._job.dtype]]
-        if not changes(self._job):
-            _typed(data, self._job.dtype).copy_(result.numbers)
-            return Cast(data, None, 0.0, out, base)
-        change = result.numbers
-        torch.add(change, base.wide[:size], out=out.wide[:size])
-        _typed(data, self._job.dtype).copy_(out.wide[:size])
-        return Cast(data, change, float(torch.dot(change, change)), out, base)
-
-    def _measured(self, piece: Cast) -> Bytes:
-        job, data = self._job, piece.data
-        self._hash.update(data.data)
+    def _made(self, number: int, result: Result) -> Bytes:
+        job, size = self._job, result.numbers.numel()
+        data: Bytes = self._rooms.out(number)[: size * BYTES[job.dtype]]
+        stored = torch.from_numpy(data).view(TORCH[job.dtype])
         words: NDArray[Any] = data.view(_WORD[job.dtype])
+        if changes(job):
+            change, base, spare = result.numbers, result.piece.first.wide[:size], self._rooms.spare[:size]
+            stored.copy_(torch.add(change, base, out=spare))
+            actual = spare.copy_(stored).sub_(base)
+            for sums, first, second in (
+                (self._wanted, change, change),
+                (self._actual, actual, actual),
+                (self._inner, actual, change),
+            ):
+                sums.append(float(torch.dot(first, second)))
+        else:
+            stored.copy_(result.numbers)
         if job.comparable:
-            self._changed += int(np.count_nonzero(words != piece.base.raw[: data.size].view(_WORD[job.dtype])))
-        if piece.change is not None:
-            actual = piece.out.wide[: words.size].copy_(_typed(data, job.dtype)).sub_(piece.base.wide[: words.size])
-            self._wanted.append(piece.wanted)
-            self._actual.append(float(torch.dot(actual, actual)))
-            self._inner.append(float(torch.dot(actual, piece.change)))
-        if piece.change is None or not math.isfinite(self._actual[-1]):
+            before = result.piece.first.raw[: data.size].view(_WORD[job.dtype])
+            self._changed += int(np.count_nonzero(words != before))
+        if not changes(job) or not math.isfinite(self._actual[-1]):
             mask = _WORD[job.dtype](_EXPONENT[job.dtype])
             self._odd += int(np.count_nonzero((words & mask) == mask))
         return data
@@ -162,10 +139,6 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _typed(data: Bytes, dtype: str) -> Tensor:
-    return torch.from_numpy(data).view(TORCH[dtype])
 
 
 def _sum(parts: list[float]) -> float:
