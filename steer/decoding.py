@@ -198,4 +198,5 @@ class Batch:
             thinking=thinking,
             forced_run=torch.tensor([reply.forced_run for reply in self.replies], device=device),
             last_tokens=recent.to(device),
+            replies=tuple(reply.tokens for reply in self.replies),
         )

@@ -327,6 +327,8 @@ def _next_tokens(batch: Batch, sampling: Sampling, policy: Policy | None) -> Int
         return choose(logits, batch.uniform(), sampling)
     decision = policy(batch.policy_rows(), logits)
     check_decision(decision, *logits.shape)
+    if decision.added is not None:
+        logits = logits + decision.added.to(logits)
     if decision.banned is not None:
         logits = logits.masked_fill(decision.banned.to(logits.device), -torch.inf)
     tokens = choose(logits, batch.uniform(), sampling)

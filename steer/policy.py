@@ -7,6 +7,7 @@ a resumed run gives the same bytes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -31,6 +32,7 @@ class PolicyRows:
         thinking: tokens of the thought now running, its opening mark included; 0 outside a thought.
         forced_run: how many tokens up to now the policy has forced in a row.
         last_tokens: the last 32 tokens of prompt and reply, newest last; -1 before the first.
+        replies: all tokens of each reply so far, to be read alone.
     """
 
     items: tuple[str, ...]
@@ -40,6 +42,7 @@ class PolicyRows:
     thinking: Int[Tensor, " batch"]
     forced_run: Int[Tensor, " batch"]
     last_tokens: Int[Tensor, "batch remembered"]
+    replies: tuple[Sequence[int], ...]
 
 
 @dataclass(frozen=True)
@@ -50,11 +53,13 @@ class Decision:
         forced: the token to write, -1 where the sampler chooses.
         banned: True at tokens that must not be sampled; every row needs one token left.
         stop: True where the reply ends here, before another token (finish reason "policy").
+        added: finite numbers that are added to the logits before the sampler's temperature.
     """
 
     forced: Int[Tensor, " batch"] | None = None
     banned: Bool[Tensor, "batch vocab"] | None = None
     stop: Bool[Tensor, " batch"] | None = None
+    added: Float[Tensor, "batch vocab"] | None = None
 
 
 class Policy(Protocol):
@@ -93,6 +98,7 @@ def check_decision(decision: Decision, rows: int, vocab: int) -> None:
         ("forced", decision.forced, (rows,)),
         ("banned", decision.banned, (rows, vocab)),
         ("stop", decision.stop, (rows,)),
+        ("added", decision.added, (rows, vocab)),
     ):
         if value is not None and tuple(value.shape) != shape:
             raise ValueError(f"a policy's {name} has shape {tuple(value.shape)} instead of {shape}")
@@ -100,6 +106,8 @@ def check_decision(decision: Decision, rows: int, vocab: int) -> None:
         raise ValueError(f"a policy forces a token outside the vocabulary of {vocab}")
     if decision.banned is not None and bool(decision.banned.all(-1).any()):
         raise ValueError("a policy bans every token of a row")
+    if decision.added is not None and not bool(torch.isfinite(decision.added).all()):
+        raise ValueError("a policy adds to logits what is not finite; it bans tokens with `banned`")
 
 
 def forced_tokens(decision: Decision, rows: int, device: torch.device) -> Int[Tensor, " batch"]:

@@ -30,7 +30,7 @@ from steer.trace import Trace, decode
 SPANS = ("thinking", "predicts_thinking", "last_prompt_token", "last_token", "answer", "before_answer")
 NEEDS_MARKS = ("thinking", "predicts_thinking")
 _MARKER = re.compile(r"marker:(?P<texts>.+?)(?:@(?P<where>prompt|all))?(?:#(?P<nth>\d+))?", re.DOTALL)
-_SPACES = ("", "▁", "Ġ", "Ċ")  # How vocabularies write no space, a space (two ways) and a line's end before a word.
+SPACES = ("", "▁", "Ġ", "Ċ")  # How vocabularies write no space, a space (two ways) and a line's end before a word.
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def marker_ids(text: str, tokenizer: Any) -> tuple[Ids, ...]:
     unknown = tokenizer.unk_token_id
     bare = text.strip()
     vocabulary = tokenizer.get_vocab()
-    found: set[Ids] = {(int(vocabulary[space + bare]),) for space in _SPACES if space + bare in vocabulary}
+    found: set[Ids] = {(int(vocabulary[space + bare]),) for space in SPACES if space + bare in vocabulary}
     for written in (text, bare, f" {bare}"):
         ids = tuple(int(token) for token in tokenizer(written, add_special_tokens=False)["input_ids"])
         if ids and unknown not in ids and decode(tokenizer, ids).strip() == bare:

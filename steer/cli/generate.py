@@ -37,7 +37,8 @@ PolicyText = Annotated[
     typer.Option(
         "--policy",
         show_default=False,
-        help="budget:N closes a thought after N tokens; budget:N:TEXT writes TEXT first.",
+        help="budget:N closes a thought after N tokens; budget:N:TEXT writes TEXT first; min:N keeps it open for N; "
+        "tip:ALPHA:STEPS[:WORD,WORD] makes words that begin another thought less likely.",
     ),
 ]
 Samples = Annotated[int, typer.Option("-n", "--samples", min=1, help="Replies per prompt.")]

@@ -107,7 +107,7 @@ def rows(states, thinking, forced_run):
     count = len(states)
     return PolicyRows(
         ("q",) * count, tuple(range(count)), torch.tensor(states), torch.zeros(count, dtype=torch.long),
-        torch.tensor(thinking), torch.tensor(forced_run), torch.full((count, 32), -1),
+        torch.tensor(thinking), torch.tensor(forced_run), torch.full((count, 32), -1), ((),) * count,
     )  # fmt: skip
 
 
