@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from probes.effects.run import effects as effects
     from probes.efficiency import efficiency_direction as efficiency_direction
     from probes.efficiency import efficiency_steering as efficiency_steering
+    from probes.experts.between import expert_differences as expert_differences
+    from probes.experts.score import expert_scores as expert_scores
     from probes.heads import head_scores as head_scores
     from probes.lengths import LengthRule as LengthRule
     from probes.quality import Quality as Quality
@@ -91,6 +93,8 @@ export(
         "Effects": "probes.effects.result",
         "EffectOptions": "probes.effects.options",
         "Comparison": "probes.effects.compare",
+        "expert_differences": "probes.experts.between",
+        "expert_scores": "probes.experts.score",
         "head_scores": "probes.heads",
         "length_direction": "probes.directions",
         "plan": "probes.collect.run",
