@@ -30,6 +30,7 @@ def score_map(values: Numbers, layers: Sequence[int], ringed: Sequence[Place], t
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.patheffects import withStroke
     from matplotlib.ticker import MaxNLocator
 
     rows, experts = values.shape
@@ -44,7 +45,8 @@ def score_map(values: Numbers, layers: Sequence[int], ringed: Sequence[Place], t
     )
     if ringed:
         marks = np.asarray(ringed)
-        axes.scatter(marks[:, 1], marks[:, 0], s=110, facecolors="none", edgecolors="black", linewidths=1.4)
+        rings = axes.scatter(marks[:, 1], marks[:, 0], s=110, facecolors="none", edgecolors="black", linewidths=1.4)
+        rings.set_path_effects([withStroke(linewidth=3.2, foreground="white")])  # Seen on dark colours, too.
     step = -(-rows // 16)
     axes.set_yticks(range(0, rows, step), [str(layer) for layer in layers[::step]])
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -64,6 +66,8 @@ def volcano(
         level: experts with q at most this are coloured, and a line is drawn at the largest p among them.
         title: above the picture.
     """
+    from matplotlib.ticker import AutoLocator
+
     figure, (axes,) = canvas(1)
     figure.set_size_inches(7.0, 4.4)
     scored = np.isfinite(scores)
@@ -75,12 +79,13 @@ def volcano(
         axes.scatter(scores[where], heights[where], s=size, color=colour, alpha=0.7, linewidths=0, label=label)
     if found.any():
         axes.axhline(float(heights[found].min()), color=BLUE, linewidth=0.8, linestyle="--")
+    points: dict[tuple[float, float], list[str]] = {}
     for place, text in named.items():
-        axes.annotate(text, (scores[place], heights[place]), xytext=(4, 4), textcoords="offset points", fontsize=8)
-    from matplotlib.ticker import AutoLocator
-
+        points.setdefault((float(scores[place]), float(heights[place])), []).append(text)
+    for point, texts in points.items():
+        axes.annotate(", ".join(texts), point, xytext=(0, 5), textcoords="offset points", fontsize=8, ha="center")
     axes.xaxis.set_major_locator(AutoLocator())
     axes.set(xlabel="score", ylabel="−log10 p", title=title)
     axes.margins(x=0.1, y=0.1)
-    axes.legend(frameon=False, loc="upper left")
+    figure.legend(frameon=False, loc="outside lower center", ncols=2)
     return figure
