@@ -56,8 +56,9 @@ def expert_patch(
     scaled = ScaleExperts(tuple(experts), beta)
     check_beta(beta)
     identity = target_of(model).identity
-    if scores is not None:
+    if scores is not None and scores.model is not None:
         check_same(scores.model, identity, "the expert scores")
+        identity = scores.model
     steering = Steering((scaled,), identity)
     story = {
         "convention": CONVENTION,

@@ -19,8 +19,8 @@ _PAIR = re.compile(r"(\d+)\s*[,:]\s*(\d+)")
 _BETWEEN = re.compile(r"[\s,;\[\]()]*")
 
 
-def parse_heads(text: str) -> tuple[Head, ...]:
-    """Return the heads of a list in its order.
+def parse_heads(text: str, noun: str = "head") -> tuple[Head, ...]:
+    """Return the heads of a list in its order; or the experts, where messages shall call them so.
 
     Raises:
         SteerError: something else than pairs of whole numbers stands there, or a head stands there twice.
@@ -29,25 +29,26 @@ def parse_heads(text: str) -> tuple[Head, ...]:
     rest = _PAIR.sub("", text)
     if not found or not _BETWEEN.fullmatch(rest):
         raise SteerError(
-            f"the list of heads {text.strip()[:60]!r} cannot be read",
-            "pairs of layer and head",
+            f"the list of {noun}s {text.strip()[:60]!r} cannot be read",
+            f"pairs of layer and {noun}",
             "For example [(21, 2), (17, 7)] or 21:2",
         )
     twice = sorted({head for head in found if found.count(head) > 1})
     if twice:
-        raise SteerError(f"the list names the head {twice[0]} twice", "each head once")
+        raise SteerError(f"the list names the {noun} {twice[0]} twice", f"each {noun} once")
     return tuple(found)
 
 
-def read_heads(text_or_file: str) -> tuple[Head, ...]:
+def read_heads(text_or_file: str, noun: str = "head") -> tuple[Head, ...]:
     """Return the heads of a list, or of the file of that name; errors as `parse_heads`."""
     if _PAIR.search(text_or_file):
-        return parse_heads(text_or_file)
+        return parse_heads(text_or_file, noun)
     if len(text_or_file) > NAME_LIMIT or not Path(text_or_file).is_file():
         raise SteerError(
-            f"{text_or_file[:60]!r} is neither a list of heads nor a file", "such as 12:3, or the name of a text file"
+            f"{text_or_file[:60]!r} is neither a list of {noun}s nor a file", "such as 12:3, or the name of a text file"
         )
-    return parse_heads(Path(text_or_file).read_bytes().decode("utf-8", "replace"))  # What is no text is no list either.
+    # What is no text is no list either.
+    return parse_heads(Path(text_or_file).read_bytes().decode("utf-8", "replace"), noun)
 
 
 def text_of(heads: Iterable[Head]) -> str:

@@ -36,6 +36,7 @@ _ALL = (
         "probe trajectory", "steer.cli.probe.trajectory", "how thoughts move, and whether that tells right from wrong"
     ),
     Verb("patch thinkedit", "steer.cli.patch.thinkedit", "take a direction out of what chosen heads can write"),
+    Verb("patch experts", "steer.cli.patch.experts", "turn chosen experts of a mixture up, down or off"),
     Verb("patch direction", "steer.cli.patch.direction", "a steering as a patch of weights, where it has that form"),
     Verb("patch difference", "steer.cli.patch.difference", "what one checkpoint has beyond another, to add elsewhere"),
     Verb("apply", "steer.cli.apply", "write a patched checkpoint"),
