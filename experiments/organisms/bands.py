@@ -5,10 +5,12 @@ The bands are the promises of the organism's card. A seed that misses one is no 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from experiments.organisms.experts import Planting
 from experiments.organisms.measure import SPANS
+from experiments.organisms.routing import FIRST
 
 Band = tuple[float, float]
 BANDS: Final[dict[str, Band]] = {
@@ -32,6 +34,22 @@ SPAN_BANDS: Final[dict[str, Band]] = {
     "ThinkEdit, shortest fifth beyond random heads": (0.02, 1.0),
 }
 """Figures of steering and of ThinkEdit, for each span."""
+MIXTURE_BANDS: Final[dict[str, Band]] = {
+    "accuracy": (0.60, 0.85),
+    "short": (0.15, 0.45),
+    "closed": (0.98, 1.0),
+    "other pairs, largest change of accuracy, 0 to 4": (0.0, 0.08),
+}
+"""Figures of both mixtures; in the twin every pair is an other pair."""
+PLANTED_BANDS: Final[dict[str, Band]] = {
+    "<think>, lowest score of the planted": (0.9, 1.0),
+    "<think>, their lead over the next": (0.2, 2.0),
+    "first pair times 1/4, change of accuracy": (-0.4, -0.08),
+    "first pair times 4, change of accuracy": (0.08, 0.4),
+    "first pair times 64, ratio of lengths": (1.3, 3.0),
+}
+"""Figures of the mixture with planted experts."""
+UP_TO: Final = 4.0
 
 
 def natural_figures(measured: Mapping[str, Any]) -> dict[str, float]:
@@ -76,8 +94,49 @@ def outside(measured: Mapping[str, Any]) -> list[str]:
     for span in SPANS:
         figures = span_figures(measured, span)
         found += [(f"{span}: {name}", value, SPAN_BANDS[name]) for name, value in figures.items()]
+    return beyond(found)
+
+
+def beyond(found: Sequence[tuple[str, float, Band]]) -> list[str]:
+    """The figures that lie outside their bands, in words."""
     return [
         f"{name} is {value:.3f}, expected {low:g} to {high:g}"
         for name, value, (low, high) in found
         if not low <= value <= high
     ]
+
+
+def mixture_bands(planting: Planting | None) -> dict[str, Band]:
+    """The bands that a mixture is compared by."""
+    return {**MIXTURE_BANDS, **(PLANTED_BANDS if planting else {})}
+
+
+def mixture_figures(measured: Mapping[str, Any], planting: Planting | None) -> dict[str, float]:
+    """The figures of `mixture_bands` in what `routing.measure` found."""
+    scaling = measured["scaling"]
+    figures = {name: measured["natural"][name] for name in ("accuracy", "short", "closed")}
+    figures["other pairs, largest change of accuracy, 0 to 4"] = max(
+        abs(row["accuracy_change"][1])
+        for name, sweep in scaling.items()
+        for beta, row in sweep["by_beta"].items()
+        if beta <= UP_TO and not (planting and name == FIRST)
+    )
+    if planting:
+        rows, ranked = scaling[FIRST]["by_beta"], measured["npmi"]["<think>"]
+        planted = [row["score"] for row in ranked if tuple(row["expert"]) in planting.experts]
+        others = [row["score"] for row in ranked if tuple(row["expert"]) not in planting.experts]
+        lowest = min(planted) if len(planted) == len(planting.experts) else -1.0
+        figures |= {
+            "<think>, lowest score of the planted": lowest,
+            "<think>, their lead over the next": lowest - max(others),
+            "first pair times 1/4, change of accuracy": rows[0.25]["accuracy_change"][1],
+            "first pair times 4, change of accuracy": rows[4.0]["accuracy_change"][1],
+            "first pair times 64, ratio of lengths": rows[64.0]["length"] / rows[1.0]["length"],
+        }
+    return figures
+
+
+def outside_mixture(measured: Mapping[str, Any], planting: Planting | None) -> list[str]:
+    """What of a measured mixture lies outside its band, in words."""
+    known = mixture_bands(planting)
+    return beyond([(name, value, known[name]) for name, value in mixture_figures(measured, planting).items()])

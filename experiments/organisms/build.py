@@ -2,6 +2,8 @@
 
 A quarter of an hour or more on one idle core. DIR gets one folder a model, each an ordinary Hugging Face folder with a `card.yaml`.
 A model that is already there is kept and measured again. Exit code 1 if the result is outside the bands.
+
+`--mixtures` makes the two mixtures of experts instead, from the shipped `organism:chain`: as long again.
 """
 
 from __future__ import annotations
@@ -18,16 +20,20 @@ from typing import Any, Final
 import torch
 import transformers
 import yaml
-from transformers import Qwen3ForCausalLM
+from transformers import Qwen3ForCausalLM, Qwen3MoeForCausalLM
 
-from experiments.organisms import bands, chain, measure, sample, siblings, tokenizer
+from experiments.organisms import bands, chain, experts, measure, routing, sample, siblings, tokenizer
 from experiments.organisms.measure import Measured, MeasureOptions
+from experiments.organisms.routing import ScalingOptions
 from experiments.organisms.train import TrainOptions, new_model, train
 
 log = logging.getLogger(__name__)
 SPECIMEN_SEED: Final = 1
 """The training seed of the shipped specimen."""
 PARENTS: Final = {"chain-sft": "chain", "chain-rl": "chain-sft", "chain-sibling": "chain"}
+MIXTURES: Final = {"chain-moe": experts.mixture, "chain-moe-plain": experts.plain_mixture}
+"""What makes the two mixtures of experts, which come from `chain`."""
+SHIPPED: Final = Path(__file__).parents[2] / "steer" / "builtin" / "chain"
 
 
 def stages(seed: int) -> tuple[TrainOptions, TrainOptions]:
@@ -54,6 +60,7 @@ def trainings(seed: int) -> dict[str, list[TrainOptions]]:
         "chain-sft": [siblings.supervised(seed)],
         "chain-rl": [siblings.own_replies(seed)],
         "chain-sibling": [siblings.other_supervised(seed)],
+        **{name: [options(seed).training] for name, options in MIXTURES.items()},
     }
 
 
@@ -65,7 +72,7 @@ def specimen(seed: int) -> Qwen3ForCausalLM:
     return model
 
 
-def save(model: Qwen3ForCausalLM, folder: Path) -> None:
+def save(model: sample.Organism, folder: Path) -> None:
     """Write weights, configuration and tokenizer, readable by everybody."""
     model.save_pretrained(folder)
     tokenizer.save(folder)
@@ -83,15 +90,24 @@ def make(out: Path, seed: int) -> dict[str, Qwen3ForCausalLM]:
     return {name: sample.load(out / name) for name in ("chain", *PARENTS)}
 
 
+def make_mixtures(out: Path, seed: int) -> dict[str, Qwen3MoeForCausalLM]:
+    """The two mixtures, by name, trained where the folder does not have them yet."""
+    for name, options in MIXTURES.items():
+        if not (out / name / "model.safetensors").exists():
+            save(experts.made(sample.load(SHIPPED), options(seed)), out / name)
+    return {name: sample.load_mixture(out / name) for name in MIXTURES}
+
+
 def provenance(name: str, folder: Path, seed: int) -> dict[str, Any]:
     """What made a model's file: command, seeds, options, versions, hash."""
+    mixtures = " --mixtures" if name in MIXTURES else ""
     return {
         "name": name,
         "task": "chain",
-        "parent": PARENTS.get(name),
-        "command": f"python -m experiments.organisms.build --out DIR --seed {seed}",
+        "parent": "chain" if name in MIXTURES else PARENTS.get(name),
+        "command": f"python -m experiments.organisms.build --out DIR{mixtures} --seed {seed}",
         "sha256": hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest(),
-        "dtype": "float32",
+        "dtype": "bfloat16" if name in MIXTURES else "float32",
         "versions": {
             "python": platform.python_version(),
             "torch": str(torch.__version__),
@@ -155,16 +171,52 @@ def write_cards(out: Path, seed: int, options: MeasureOptions, models: dict[str,
     return found
 
 
+def mixture_card(folder: Path, seed: int) -> dict[str, Any]:
+    """What a mixture's card says before anything is measured."""
+    made = MIXTURES[folder.name](seed)
+    return {
+        **provenance(folder.name, folder, seed),
+        "layers": experts.LAYERS,
+        "experts": experts.EXPERTS,
+        "chosen": experts.CHOSEN,
+        "width": made.width,
+        "noise": made.noise,
+        "balance": made.balance,
+        "planted": asdict(made.planting) if made.planting else None,
+    }
+
+
+def write_mixture_card(folder: Path, seed: int, found: Measured, options: ScalingOptions) -> list[str]:
+    """Write a mixture's card with what was measured; return what of it lies outside its bands."""
+    planting = MIXTURES[folder.name](seed).planting
+    missed = bands.outside_mixture(found, planting)
+    card = {**mixture_card(folder, seed), "measuring": asdict(options), "bands": bands.mixture_bands(planting)}
+    write_card(folder, {**card, "outside_bands": missed, "measured": {**headline(found["natural"]), **found}})
+    return missed
+
+
+def mixtures(out: Path, seed: int, options: ScalingOptions) -> list[str]:
+    """Make and measure both mixtures; return what lies outside their bands."""
+    missed: list[str] = []
+    for name, model in make_mixtures(out, seed).items():
+        missed += write_mixture_card(out / name, seed, routing.measure(model, options), options)
+    return missed
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="the folder that gets one folder a model")
     parser.add_argument("--seed", type=int, default=SPECIMEN_SEED, help="the training seed")
+    parser.add_argument("--mixtures", action="store_true", help="make the two mixtures of experts instead")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(1)
-    models = make(options.out, options.seed)
-    missed = bands.outside(write_cards(options.out, options.seed, MeasureOptions(), models))
+    if options.mixtures:
+        missed = mixtures(options.out, options.seed, ScalingOptions())
+    else:
+        models = make(options.out, options.seed)
+        missed = bands.outside(write_cards(options.out, options.seed, MeasureOptions(), models))
     for line in missed:
         log.warning("outside its band: %s", line)
     return 1 if missed else 0
