@@ -4,9 +4,7 @@ Questions are cut into three parts that share none (`parts`): the direction is m
 are chosen on the second (`choose`), and what they do is told from the third alone (`Choice.judged`), beside the unsteered
 model and beside random directions of equal norm. The best of many points looks better on its own questions than it is.
 
-What counts: of the points whose accuracy on the choosing questions is at least the floor, the one that comes first by the
-aim. The rule, the floor's default (the accuracy of the unsteered model on the same questions, less `drop`) and the use of
-the accuracy itself rather than of its interval are ours; the interval stands beside it.
+What counts stands in `probes.compared`.
 """
 
 from __future__ import annotations
@@ -14,13 +12,14 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from probes.compared import AIMS, DROP, Answers, answers, beyond, first
 from steer.errors import SteerError
 from steer.figures import BLUE, GREY, ORANGE, canvas
-from steer.intervals import RESAMPLES, Interval, Statistic, bootstrap, mean_of, paired
+from steer.intervals import RESAMPLES, Interval
 from steer.tables import table
 from steer.trace import Trace
 
@@ -28,15 +27,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
 
-AIMS = {"shorter": "thinking tokens, fewest", "longer": "thinking tokens, most", "accuracy": "accuracy, highest"}
-DROP = 0.02
 SHARES = (0.5, 0.25, 0.25)
-ROUNDING = 1e-9
-"""What a mean of zeros and ones may be off by, so that a point exactly at the floor is not below it."""
 Point = tuple[tuple[int, ...], float]
 """Layers, increasing, and a coefficient; the unsteered model is ((), 0.0)."""
 PLAIN: Point = ((), 0.0)
-Key = TypeVar("Key")
 
 
 @dataclass(frozen=True)
@@ -179,13 +173,16 @@ class Choice:
                 "questions that nothing was chosen on",
                 "Cut the questions with probes.choose.parts and report on the third part",
             )
-        tables = _tables(runs)
+        tables = answers(runs)
         options = {"resamples": resamples, "seed": seed}
         rows = {
             name: _tried(PLAIN if name == "unsteered" else (self.best.layers, self.best.coefficient), tables[name], tables["unsteered"], options)
             for name in runs
         }  # fmt: skip
-        return Judged(rows, _beyond(tables, list(controls or {}), options), len(tables["unsteered"].accuracy))
+        others = [tables[name] for name in controls or {}]
+        names = ("accuracy", "length") if others else ()
+        found = {name: beyond(tables["chosen"], others, name, **options) for name in names}
+        return Judged(rows, found or None, len(tables["unsteered"].items))
 
 
 def choose(
@@ -217,20 +214,18 @@ def choose(
         raise SteerError(
             "the grid lacks the unsteered model", "its replies under ((), 0.0)", "Generate without steering, too"
         )
-    tables = _tables(points)
+    tables = answers(points)
     options = {"resamples": resamples, "seed": seed}
     order = [PLAIN, *sorted((point for point in points if point != PLAIN), key=lambda point: (point[0], point[1]))]
     tried = tuple(_tried(point, tables[point], tables[PLAIN], options) for point in order)
-    accuracies = [each.accuracy.value or 0.0 for each in tried]
-    least = max(accuracies[0] - drop, 0.0) if floor is None else floor
-    allowed = [place for place, accuracy in enumerate(accuracies) if accuracy >= least - ROUNDING]
-    if not allowed:
-        raise SteerError(
-            f"no point reaches an accuracy of {least:.3f}; the best is {tried[int(np.argmax(accuracies))].label} with {max(accuracies):.3f}",
-            "one that does",
-            "Set a lower floor, or try smaller coefficients",
-        )
-    chosen = min(allowed, key=lambda place: (_rank(tried[place], aim), abs(tried[place].coefficient), len(tried[place].layers)))  # fmt: skip
+    chosen, least = first(
+        [(each.accuracy.value or 0.0, each.length.value or 0.0) for each in tried],
+        [(abs(each.coefficient), len(each.layers)) for each in tried],
+        [each.label for each in tried],
+        floor=floor,
+        drop=drop,
+        aim=aim,
+    )
     return Choice(tried, chosen, least, aim, frozenset(tables[PLAIN].items))
 
 
@@ -262,76 +257,9 @@ def parts(
     return found
 
 
-@dataclass(frozen=True)
-class _Table:
-    """Replies of one model as rows of questions in sorted order."""
-
-    items: tuple[str, ...]
-    asked: tuple[tuple[str, int], ...]
-    accuracy: list[list[float | None]]
-    length: list[list[float | None]]
-    closed: list[bool]
-
-
-def _tables(runs: Mapping[Key, Sequence[Trace]]) -> dict[Key, _Table]:
-    tables = {key: _table(traces) for key, traces in runs.items()}
-    if len({each.asked for each in tables.values()}) > 1:
-        raise SteerError(
-            f"the {len(tables)} models answered different questions, or a different number of times",
-            "the same items and samples from each",
-            "Generate all of them from the same prompts with the same number of samples",
-        )
-    return tables
-
-
-def _table(traces: Sequence[Trace]) -> _Table:
-    ungraded = sum(trace.correct is None for trace in traces)
-    if not traces or ungraded:
-        raise SteerError(
-            f"{ungraded} of {len(traces)} replies are not graded",
-            "graded replies, at least one",
-            "Grade them, as `steer evaluate` does",
-        )
-    rows: dict[str, list[Trace]] = {}
-    for trace in sorted(traces, key=lambda trace: (trace.item, trace.sample)):
-        rows.setdefault(trace.item, []).append(trace)
-    return _Table(
-        tuple(rows),
-        tuple((trace.item, trace.sample) for row in rows.values() for trace in row),
-        [[float(bool(trace.correct)) for trace in row] for row in rows.values()],
-        [[float(trace.thought_length) for trace in row] for row in rows.values()],
-        [trace.closed for row in rows.values() for trace in row if trace.closed is not None],
-    )
-
-
-def _tried(point: Point, found: _Table, plain: _Table, options: Mapping[str, int]) -> Tried:
-    questions = len(found.items)
-    measured = [bootstrap(mean_of(rows), questions, **options) for rows in (found.accuracy, found.length)]
-    pairs = ((plain.accuracy, found.accuracy), (plain.length, found.length))
-    changes = [paired(mean_of(before), mean_of(after), questions, **options) for before, after in pairs]
-    closed = float(np.mean(found.closed)) if found.closed else None
-    return Tried(*point, measured[0], measured[1], closed, changes[0], changes[1])
-
-
-def _beyond(tables: Mapping[str, _Table], controls: Sequence[str], options: Mapping[str, int]) -> dict[str, Interval] | None:  # fmt: skip
-    if not controls:
-        return None
-
-    def average(name: str) -> Statistic:
-        each = [mean_of(getattr(tables[control], name)) for control in controls]
-        return lambda drawn: np.asarray(np.mean([statistic(drawn) for statistic in each], axis=0))
-
-    questions = len(tables["chosen"].items)
-    return {
-        name: paired(average(name), mean_of(getattr(tables["chosen"], name)), questions, **options)
-        for name in ("accuracy", "length")
-    }
-
-
-def _rank(tried: Tried, aim: str) -> float:
-    if aim == "accuracy":
-        return -(tried.accuracy.value or 0.0)
-    return (tried.length.value or 0.0) * (1 if aim == "shorter" else -1)
+def _tried(point: Point, found: Answers, plain: Answers, options: Mapping[str, int]) -> Tried:
+    means, changes = found.means(**options), found.changes(plain, **options)
+    return Tried(*point, means["accuracy"], means["length"], means["closed"].value, changes["accuracy"], changes["length"])  # fmt: skip
 
 
 def _html(rows: Sequence[Mapping[str, object]]) -> str:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
     from steer.cli.probe.finding import Asked
     from steer.directions import Direction
     from steer.model import SteerableModel
+    from steer.trace import Trace
     from steer.traces import Traces
 
 Choose = Annotated[
@@ -70,7 +70,7 @@ class Grid:
         Raises:
             SteerError: a coefficient that is no number, an unknown aim, or options of --choose without it.
         """
-        from probes.choose import AIMS
+        from probes.compared import AIMS
 
         if not choose:
             if floor is not None or task is not None or (coefficients, candidates, controls) != (COEFFICIENTS, CANDIDATES, CONTROLS):  # fmt: skip
@@ -114,18 +114,19 @@ def chosen_by(
     Raises:
         SteerError: the run does not say its task, or as `probes.choose`.
     """
+    from experiments.again import Again
     from probes.choose import PLAIN, choose, parts
 
     _, choosing, reporting = parts([trace.item for trace in run], seed=asked.seed)
-    reply = _asker(model, run, grid)
+    again = Again.of(model, run, grid.task)
     points = [(layers, c) for layers in _candidates(grid, direction, summary, asked) for c in grid.coefficients]
-    replies: dict[Point, list[Any]] = {PLAIN: [trace for trace in run if trace.item in choosing]}
+    replies: dict[Point, list[Trace]] = {PLAIN: [trace for trace in run if trace.item in choosing]}
     with output.progress("choose", len(points) + 1 + grid.controls) as bar:
 
-        def steered(vectors: Direction, point: Point, items: frozenset[str]) -> list[Any]:
+        def steered(vectors: Direction, point: Point, items: frozenset[str]) -> list[Trace]:
             steering = adding(vectors, asked.add_at, point[0], coefficient=point[1], phase=asked.phase)
             bar.add(1)
-            return reply(model.with_(steering), items)
+            return again.ask(model.with_(steering), items)
 
         for point in points:
             replies[point] = steered(direction, point, choosing)
@@ -150,47 +151,3 @@ def _candidates(grid: Grid, direction: Direction, summary: Summary, asked: Asked
         return [(layer,) for layer in direction.layers]
     order = sorted(range(len(held.layers)), key=lambda place: (-(held.layers[place].value or 0.0), place))
     return [(direction.layers[place],) for place in sorted(order[: grid.candidates])]
-
-
-def _asker(model: SteerableModel, run: Traces, grid: Grid) -> Callable[[SteerableModel, Iterable[str]], list[Any]]:
-    """Return a function that asks questions of the run again, under the run's own options, and grades the replies."""
-    from experiments.evaluate import graded
-    from experiments.tasks.registry import named
-    from experiments.think_policies import parse_policy
-    from steer.generation import Prompt, Sampling
-
-    told = run.meta.get("task")
-    name = grid.task or (told.get("name") if isinstance(told, dict) else None)
-    if name is None or "sampling" not in run.meta:
-        raise SteerError(
-            "the run does not say with which task and sampling it was made",
-            "a run of `steer evaluate`",
-            "Make it with steer evaluate; --task names the grader",
-        )
-    ungolden = next((trace.id for trace in run if trace.gold is None), None)
-    if ungolden is not None:
-        raise SteerError(
-            f"the trace {ungolden} has no gold answer, so replies to its question cannot be graded",
-            "a gold answer to every question",
-            "Make the run with steer evaluate, or leave --choose out",
-        )
-    task, sampling = named(name), Sampling(**run.meta["sampling"])
-    policy = run.meta.get("policy")
-    chosen = None if policy is None else parse_policy(str(policy), model.marks, model.tokenizer)
-    first = {trace.item: trace for trace in reversed(list(run))}
-    samples = max(trace.sample for trace in run) + 1
-
-    def ask(subject: SteerableModel, items: Iterable[str]) -> list[Any]:
-        prompts = [Prompt(item, first[item].prompt, first[item].group, first[item].gold) for item in sorted(items)]
-        traces = subject.generate(
-            prompts,
-            sampling=sampling,
-            samples=samples,
-            seed=int(run.meta.get("seed", 0)),
-            policy=chosen,
-            thinking=run.meta.get("thinking"),
-            batch_size=int(run.meta.get("batch_size", 64)),
-        )
-        return [graded(trace, model, task) for trace in traces]
-
-    return ask
