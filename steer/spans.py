@@ -138,13 +138,25 @@ def _marker_positions(marker: Marker, trace: Trace, tokenizer: Any) -> list[int]
     return found if marker.nth is None else found[marker.nth - 1 : marker.nth]
 
 
-@lru_cache(maxsize=256)
 def marker_ids(text: str, tokenizer: Any) -> tuple[Ids, ...]:
     """The token sequences that write `text`, with and without a space before it.
 
     Raises:
         SteerError: the tokenizer cannot write it.
     """
+    found = marker_variants(text, tokenizer)
+    if not found:
+        raise SteerError(
+            f"this model's tokenizer cannot write the marker {text!r}",
+            "a text made of its tokens",
+            "Choose a word that stands in the traces",
+        )
+    return found
+
+
+@lru_cache(maxsize=256)
+def marker_variants(text: str, tokenizer: Any) -> tuple[Ids, ...]:
+    """As `marker_ids`, empty where the tokenizer cannot write it."""
     unknown = tokenizer.unk_token_id
     bare = text.strip()
     vocabulary = tokenizer.get_vocab()
@@ -153,10 +165,4 @@ def marker_ids(text: str, tokenizer: Any) -> tuple[Ids, ...]:
         ids = tuple(int(token) for token in tokenizer(written, add_special_tokens=False)["input_ids"])
         if ids and unknown not in ids and decode(tokenizer, ids).strip() == bare:
             found.add(ids)
-    if not found:
-        raise SteerError(
-            f"this model's tokenizer cannot write the marker {text!r}",
-            "a text made of its tokens",
-            "Choose a word that stands in the traces",
-        )
     return tuple(sorted(found))
