@@ -18,6 +18,7 @@ from edits.checkpoint.apply import Edited, pin
 from edits.checkpoint.plan import plan
 from edits.checkpoint.proof import prove
 from edits.checkpoint.revert import revert
+from edits.verify import verify
 from steer.coverage import coverage
 from steer.errors import SteerError
 from steer.interventions import Add, ProjectOut, ScaleExperts
@@ -115,6 +116,14 @@ def test_what_transformers_loads_does_what_the_factors_say(packed: Path, tmp_pat
     by_hand = torch.cat(base.run(IDS))
     assert torch.equal(torch.cat(loaded.run(IDS)), by_hand)
     assert float((by_hand - plain).abs().max()) > 1e-2
+
+
+def test_verify_says_that_the_hook_and_the_exponents_agree(packed: Path, tmp_path: Path) -> None:
+    done = plan(patch(packed, 16.0), packed).apply(tmp_path / "out")
+    steered = steer.load(packed, self_check=False, device="cpu").with_(Steering((ScaleExperts(EXPERTS, 16.0),)))
+    found = verify(steered, done.path, tokens=4)
+    assert found.passed and found.bytes_equal, found
+    assert not verify(steered, packed, tokens=4).passed
 
 
 @pytest.mark.parametrize("beta", [3.0, 0.0, 0.75])
