@@ -110,7 +110,7 @@ def count(summary: Summary, markers: Mapping[str, float], tokenizer: Any = None)
         SteerError: nothing of the kind was counted, a marker that stands nowhere or everywhere, or counts that do not
             add up to the same number of experts for every token.
     """
-    recorder_for(markers)
+    _require_counted(summary, recorder_for(markers))
     kept = summary.kept(EVERY)
     ones = torch.ones(1, len(summary), dtype=torch.float64)
     chosen = _whole(summary.combine(EVERY, ones))
@@ -130,6 +130,18 @@ def count(summary: Summary, markers: Mapping[str, float], tokenizer: Any = None)
         found.append(together)
         scored.append(ScoredMarker(text, sign, marked, *(() if tokenizer is None else resolved(text, tokenizer))))
     return Counts(tuple(kept.layers or ()), tokens, per_token, chosen, np.stack(found), tuple(scored))
+
+
+def _require_counted(summary: Summary, recorder: RouterCounts) -> None:
+    """Refuse a summary that was not made with the recorder, and say how to make one."""
+    missing = [span for span in recorder.spans if f"{COUNT}/{span}" not in summary.quantities]
+    if missing:
+        options = ",".join(f"spans={span}" for span in recorder.spans)
+        raise SteerError(
+            f"the summary has no {COUNT} over {', '.join(missing)}",
+            "counts over all tokens and over every marker",
+            f"Collect again with --recorder 'router_counts:{options}' (recorder_for(markers)), or give the run",
+        )
 
 
 def occurrences(summary: Summary, text: str) -> int:

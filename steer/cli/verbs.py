@@ -31,6 +31,7 @@ _ALL = (
     Verb("probe contrast", "steer.cli.probe.contrast", "the direction from wrong to right replies, a control vector"),
     Verb("probe efficiency", "steer.cli.probe.efficiency", "the direction from long to short right replies"),
     Verb("probe heads", "steer.cli.probe.heads", "how much each attention head writes against a direction"),
+    Verb("probe experts", "steer.cli.probe.experts", "which experts of a mixture fire where thinking opens or closes"),
     Verb("probe effects", "steer.cli.probe.effects", "what steerings do beside what they are for, with controls"),
     Verb(
         "probe trajectory", "steer.cli.probe.trajectory", "how thoughts move, and whether that tells right from wrong"

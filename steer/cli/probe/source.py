@@ -23,7 +23,7 @@ From = Annotated[
 ]
 
 
-def _drawable(path: Path | None) -> Path | None:
+def drawable(path: Path | None) -> Path | None:
     """Refuse, before anything runs, a picture that nothing could draw."""
     if path is not None and path.suffix.lower() not in ("", ".png", ".svg", ".pdf"):
         raise SteerError(f"the picture {path} ends in {path.suffix}", ".png, .svg or .pdf", "Name it so")
@@ -33,7 +33,7 @@ def _drawable(path: Path | None) -> Path | None:
 Picture = Annotated[
     Path | None,
     typer.Option(
-        "--plot", show_default=False, help="Draw a picture into this file (.png, .svg, .pdf).", callback=_drawable
+        "--plot", show_default=False, help="Draw a picture into this file (.png, .svg, .pdf).", callback=drawable
     ),
 ]
 
