@@ -165,10 +165,11 @@ class Taps:
     @contextmanager
     def hear(self, listener: Listener, layers: Sequence[int] | None = None) -> Iterator[None]:
         """Call `listener` with every choice of experts in the layers while the context is open; None: all that have some."""
-        for layer in layers or ():
+        having = self.anatomy.expert_layers
+        wanted = having if layers is None else layers
+        for layer in wanted or (() if having else (0,)):  # A model without any is refused by its first layer.
             self.check_place("router", layer)
-        heard = frozenset(self.anatomy.expert_layers if layers is None else layers)
-        with self._open(_Context(listener=listener, heard=heard)):
+        with self._open(_Context(listener=listener, heard=frozenset(wanted))):
             yield
 
     @contextmanager

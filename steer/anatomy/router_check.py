@@ -2,10 +2,10 @@
 
 A few random states are sent through the layer's block of experts, and nothing else of the model:
 
-    the router is called                             not so where one kernel does all, which bypasses every hook
-    out(2 w) - out(w)  ==  out(3 w) - out(2 w)  != 0  the block adds up its experts with the weights that the router returns
-    out(other experts)  !=  out                      and takes the experts that it returns
-    rule(logits)  ==  (ids, weights)                 the family's rule, applied to the logits again, gives what it gave
+    the router is called                                 not so where one kernel does all, which bypasses every hook
+    out(4 w) - out(2 w)  ==  2 (out(2 w) - out(w))  != 0  the block adds its experts up with the weights that the router returns
+    out(other experts)  !=  out                          and takes the experts that it returns
+    rule(logits)  ==  (ids, weights)                     the family's rule, applied to the logits again, gives what it gave
 
 The last one is asked only where logits are written.
 """
@@ -102,10 +102,11 @@ def _check_effect(block: _Block, experts: int, where: str) -> None:
             f"{(STATES, experts)}",
             "Correct `experts: router` in a copy of the record and give it with anatomy=FILE",
         )
-    twice, thrice = block(_times(2)), block(_times(3))
+    twice, fourfold = block(_times(2)), block(_times(4))
     others = block(lambda weights, ids: (weights, (ids + 1) % experts))
-    tolerance = TOLERANCES.get(block.states.dtype, TOLERANCES[torch.bfloat16]) * float(thrice.abs().max())
-    first, second = twice - once, thrice - twice
+    dtypes = (block.states.dtype, chosen(block.routed, where)[1].dtype)
+    tolerance = max(TOLERANCES.get(dtype, TOLERANCES[torch.bfloat16]) for dtype in dtypes) * float(fourfold.abs().max())
+    first, second = twice - once, fourfold - twice
     for what, changed in (("weights", first), ("experts", others - once)):
         if not bool((changed.abs() > tolerance).any()):
             raise SteerError(
@@ -113,7 +114,7 @@ def _check_effect(block: _Block, experts: int, where: str) -> None:
                 "a block that uses them, since the choice of experts is written there",
                 REMEDY,
             )
-    if not bool(((first - second).abs() <= 4 * tolerance).all()):
+    if not bool(((2 * first - second).abs() <= 4 * tolerance).all()):
         raise SteerError(
             f"the block of experts of {where} does not add its experts up with the weights that its router returns",
             "a weighted sum",
