@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from steer import form_table
+from steer.anatomy.packed import METHOD
 from steer.anatomy.resolve import PER_LAYER
 from steer.anatomy.slots import EXPERTS, OUTSIDE
 from steer.conflicts import noted
@@ -171,7 +172,7 @@ def _quantised(target: Target, factors: Sequence[float] | None) -> Refusal | Non
     """Why quantised weights cannot be patched; `factors` where all that is done is to multiply experts by them."""
     if not target.quantised:
         return None
-    if factors is not None and target.quantised == exponents.METHOD:
+    if factors is not None and target.quantised == METHOD:
         return exponents.refusal(factors)
     return f"the weights are quantised ({target.quantised})", "Patch the unquantised model, or use the hook form"
 

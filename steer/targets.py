@@ -10,12 +10,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 from steer.anatomy.headers import Headers, read_headers
-from steer.anatomy.packed import unpacked
+from steer.anatomy.packed import shapes_of
 from steer.anatomy.resolve import Anatomy, resolve
 from steer.anatomy.slots import Matrix
 from steer.form_table import Bias
 from steer.identity import ModelIdentity, shape_id
-from steer.operations import exponents
 from steer.parameters import place
 from steer.sources import locate
 from steer.writers import has_bias
@@ -60,8 +59,7 @@ def target_of(model_or_path: SteerableModel | str | Path) -> Target:
 
 
 def _of_headers(headers: Headers, name: str) -> Target:
-    method = _method(headers.config)
-    anatomy = resolve(headers.config, unpacked(headers.shapes) if method == exponents.METHOD else headers.shapes)
+    anatomy = resolve(headers.config, shapes_of(headers.config, headers.shapes))
     identity = ModelIdentity(name, anatomy.family, shape_id(anatomy.numbers()))
     odd = sorted(
         {headers.tensors[anatomy.disk_name(module, layer)].dtype for module, layer in anatomy.shapes} - set(PLAIN)
@@ -75,7 +73,7 @@ def _of_headers(headers: Headers, name: str) -> Target:
             found: Tensor = slot.view(file.get_tensor(slot.name))[:, 0]
         return found
 
-    return Target(anatomy, identity, method or ", ".join(odd), bias)
+    return Target(anatomy, identity, _method(headers.config) or ", ".join(odd), bias)
 
 
 def _of_model(model: SteerableModel) -> Target:

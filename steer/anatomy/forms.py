@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from steer.anatomy.packed import METHOD
 from steer.anatomy.resolve import Anatomy, Contributes
 from steer.writers import bias_form, has_bias, part, writers
 
 FORMS = ("hook", "vllm", "patch", "lora")
-ADDED, PROJECTED = "Add", "ProjectOut"
+ADDED, PROJECTED, SCALED = "Add", "ProjectOut", "ScaleExperts"
 CHANGES = (
     (PROJECTED, "head_out"),
     (PROJECTED, "attn_out"),
@@ -22,11 +23,12 @@ CHANGES = (
     (ADDED, "mlp_out"),
     (ADDED, "mlp_raw"),
 )
+OF_EXPERTS = ((SCALED, "router"),)
 # What a form can express and this version has the code for.
 PRESENT = {
-    "hook": tuple(CHANGES),
+    "hook": (*CHANGES, *OF_EXPERTS),
     "vllm": (),
-    "patch": tuple(CHANGES),
+    "patch": (*CHANGES, *OF_EXPERTS),
     "lora": ((PROJECTED, "head_out"), (PROJECTED, "attn_out"), (PROJECTED, "mlp_out")),
 }
 
@@ -56,17 +58,21 @@ class Reach:
 
 
 def reaches(anatomy: Anatomy, quantised: str = "") -> list[Reach]:
-    """Return every kind of change in every form.
+    """Return every kind of change in every form; those of experts where the model has some.
 
     Args:
         anatomy: of the model.
         quantised: the method, empty for plain weights.
     """
-    return [_reach(anatomy, quantised, kind, site, form) for kind, site in CHANGES for form in FORMS]
+    changes = (*CHANGES, *OF_EXPERTS) if anatomy.expert_layers else CHANGES
+    return [_reach(anatomy, quantised, kind, site, form) for kind, site in changes for form in FORMS]
 
 
 def _reach(anatomy: Anatomy, quantised: str, kind: str, site: str, form: str) -> Reach:
     total, dense = anatomy.layers, len(anatomy.dense_mlp_layers)
+    if kind == SCALED:
+        layers, why = _of_experts(anatomy, quantised, form)
+        return Reach(f"{kind} at {site}", form, layers, total, (kind, site) in PRESENT[form], why)
     layers, why = total, ""
     contribution: Contributes = anatomy.mlp_contribution if site.startswith("mlp") else anatomy.attention_contribution
     if form == "vllm" and site.endswith("_raw"):
@@ -86,6 +92,17 @@ def _reach(anatomy: Anatomy, quantised: str, kind: str, site: str, form: str) ->
     if form == "lora" and kind == PROJECTED and not why and _has_biases(anatomy, site):
         why = "only where the output bias has no component along the direction"
     return Reach(f"{kind} at {site}", form, layers, total, (kind, site) in PRESENT[form], why)
+
+
+def _of_experts(anatomy: Anatomy, quantised: str, form: str) -> tuple[int, str]:
+    """On how many layers a form can scale experts, and why not on all."""
+    if form == "lora":
+        return 0, "a factor is a difference of full rank"
+    if form == "patch" and quantised and quantised != METHOD:
+        return 0, f"the weights are quantised ({quantised})"
+    layers = len(anatomy.expert_layers)
+    why = "the other layers have no experts" if layers < anatomy.layers else ""
+    return layers, f"powers of two only ({METHOD})" if form == "patch" and quantised else why
 
 
 def _biases(anatomy: Anatomy, site: str, why: str) -> tuple[int, str]:

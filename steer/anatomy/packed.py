@@ -8,8 +8,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
+METHOD = "mxfp4"
+"""`quant_method` of config.json."""
 BLOCKS, SCALES = "_blocks", "_scales"
+
+
+def shapes_of(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, tuple[int, ...]]:
+    """Return the shapes of a checkpoint's tensors, unpacked where its configuration says MXFP4."""
+    quantised = config.get("quantization_config")
+    packed = isinstance(quantised, Mapping) and quantised.get("quant_method") == METHOD
+    return unpacked(shapes) if packed else shapes
 
 
 def unpacked(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:

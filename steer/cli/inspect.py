@@ -11,6 +11,7 @@ import typer
 
 from steer.anatomy.forms import FORMS, reaches
 from steer.anatomy.headers import Headers, read_headers
+from steer.anatomy.packed import shapes_of
 from steer.anatomy.record import read_record
 from steer.anatomy.resolve import Anatomy, Contributes, resolve
 from steer.anatomy.slots import WORDS
@@ -57,7 +58,8 @@ def command(
     asked = parse(subject)
     source = locate(asked.model)
     headers = read_headers(source.folder)
-    found = resolve(headers.config, headers.shapes, None if anatomy is None else read_record(anatomy))
+    record = None if anatomy is None else read_record(anatomy)
+    found = resolve(headers.config, shapes_of(headers.config, headers.shapes), record)
     identity = ModelIdentity(
         source.name,
         found.family,
@@ -106,6 +108,7 @@ def _anatomy(anatomy: Anatomy, headers: Headers) -> dict[str, Any]:
         },
         "linear_layers": list(anatomy.linear_layers),
         "experts": anatomy.experts,
+        "chosen": anatomy.chosen,
         "expert_layers": list(anatomy.expert_layers),
         "stored": _stored(anatomy),
         "sites": {name: len(anatomy.site_layers(name)) for name in SITES},
@@ -143,7 +146,8 @@ def _print(output: Output, result: Mapping[str, Any]) -> None:
     if result["linear_layers"]:
         output.text(f"  linear attention, without heads, on {len(result['linear_layers'])} layers")
     if result["experts"]:
-        output.text(f"  {result['experts']} experts on each of {len(result['expert_layers'])} layers")
+        chosen = f", {result['chosen']} chosen for a token" if result["chosen"] else ""
+        output.text(f"  {result['experts']} experts on each of {len(result['expert_layers'])} layers{chosen}")
     output.text("  matrices: " + ", ".join(f"{word} {text}" for word, text in result["stored"].items()))
     output.text(
         "  sites: " + ", ".join(f"{name} {count}/{result['layers']}" for name, count in result["sites"].items())

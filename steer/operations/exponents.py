@@ -12,8 +12,6 @@ from collections.abc import Sequence
 
 import torch
 
-METHOD = "mxfp4"
-"""`quant_method` of config.json."""
 DTYPE = torch.float8_e8m0fnu
 LARGEST = 254
 

@@ -17,7 +17,7 @@ from steer.coverage import Coverage, coverage
 from steer.directions import Direction
 from steer.form_table import Form
 from steer.identity import ModelIdentity
-from steer.interventions import Add, Custom, Intervention, ProjectOut, SetComponent
+from steer.interventions import Add, Custom, Intervention, ProjectOut, ScaleExperts, SetComponent
 from steer.model import SteerableModel
 from steer.operations import AddBias, AddDense, AddLowRank, Matrix, Scale, SetSlice
 from steer.patches import Patch, ProjectColumns
@@ -350,9 +350,12 @@ def test_it_shows_itself() -> None:
 @pytest.mark.parametrize("family", [*PLAIN, *NORMED, "qwen3_moe"])
 def test_the_outline_that_inspect_prints_says_the_same(family: str) -> None:
     kinds = {"Add": Add, "ProjectOut": ProjectOut}
+    scaled = ScaleExperts(tuple((layer, 1) for layer in model(family).anatomy.expert_layers) or ((0, 0),), 2.0)
     for reach in reaches(model(family).anatomy):
         kind, _, site = reach.change.partition(" at ")
-        change = heads(*((layer, 0) for layer in LAYERS)) if site == "head_out" else kinds[kind](v(), site)
+        change: Intervention = scaled
+        if kind in kinds:
+            change = heads(*((layer, 0) for layer in LAYERS)) if site == "head_out" else kinds[kind](v(), site)
         form: Any = reach.form
         rows = cover(change, family, form).rows
         reached = sum(len(row.layers) for row in rows if row.expressible)

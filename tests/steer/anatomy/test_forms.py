@@ -5,13 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from steer import Add, Direction, ProjectOut, Steering, coverage
+from steer import Add, Direction, ProjectOut, ScaleExperts, Steering, coverage
 from steer.anatomy import read_headers, resolve
-from steer.anatomy.forms import CHANGES, FORMS, PROJECTED, reaches
+from steer.anatomy.forms import CHANGES, FORMS, OF_EXPERTS, PROJECTED, SCALED, reaches
 from tests.tiny import FAMILIES
 
 
 def change(kind, site, anatomy):
+    if kind == SCALED:
+        return Steering((ScaleExperts(tuple((layer, 1) for layer in anatomy.expert_layers), 2.0),))
     layers = tuple(range(anatomy.layers))
     d = Direction(
         torch.randn(len(layers), anatomy.hidden, generator=torch.Generator().manual_seed(0)), layers, "resid_mid"
@@ -28,7 +30,8 @@ def test_the_outline_agrees_with_coverage(tiny_folder, family, form):
     headers = read_headers(folder)
     anatomy = resolve(headers.config, headers.shapes)
     outline = {row.change: row for row in reaches(anatomy) if row.form == form}
-    for kind, site in CHANGES:
+    assert (f"{SCALED} at router" in outline) == bool(anatomy.expert_layers)
+    for kind, site in (*CHANGES, *(OF_EXPERTS if anatomy.expert_layers else ())):
         found = coverage(change(kind, site, anatomy), folder, form)
         row = outline[f"{kind} at {site}"]
         reached = sum(len(part.layers) for part in found.rows if part.expressible)

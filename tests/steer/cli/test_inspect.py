@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 import steer
-from steer import Add, Direction, ProjectOut, Steering
+from steer import Add, Direction, ProjectOut, ScaleExperts, Steering
+from steer.anatomy import read_headers
 from steer.anatomy.record import FAMILIES
 from steer.cli.app import run
 from tests.steer import lora
@@ -66,7 +67,13 @@ def test_it_reads_well(tiny_folder, capsys):
     assert "through the norm post_attention_layernorm" in capsys.readouterr().out
     assert run(["inspect", str(tiny_folder("qwen3_moe"))]) == 0
     text = capsys.readouterr().out
-    for part in ("mlp_raw 2/4", "4 experts on each of 2 layers", "expert_down 8", "router 2"):
+    for part in (
+        "mlp_raw 2/4",
+        "4 experts on each of 2 layers, 2 chosen for a token",
+        "ScaleExperts at router",
+        "expert_down 8",
+        "router 2",
+    ):
         assert part in text
     assert run(["inspect", str(tiny_folder("gpt_oss"))]) == 0
     assert "expert_down 16 in 4 fused tensors" in capsys.readouterr().out
@@ -90,6 +97,32 @@ def test_the_coverage_of_a_change(tiny_folder, tmp_path, capsys):
     }
     assert run(["inspect", f"{tiny_folder('qwen3')}+{path}"]) == 0
     assert "hook form, 2 of 2 parts" in capsys.readouterr().out
+
+
+def test_scaled_experts_and_what_packs_them(tiny_folder, tmp_path, capsys):
+    path = Steering((ScaleExperts(((1, 2), (3, 0)), 64.0),)).save(tmp_path / "up.yaml")
+    status, found = inspected(capsys, f"{tiny_folder('qwen3_moe')}+{path}")
+    assert status == 0
+    assert {each["form"]: each["ok"] for each in found["changes"][0]["coverage"]} == {
+        "hook": True, "vllm": False, "patch": True, "lora": False,
+    }  # fmt: skip
+    base = tmp_path / "packed"
+    base.mkdir()
+    shapes = dict(read_headers(tiny_folder("gpt_oss")).shapes)
+    for name in [name for name in shapes if name.endswith(("experts.down_proj", "experts.gate_up_proj"))]:
+        experts, inputs, out = shapes.pop(name)
+        shapes |= {f"{name}_blocks": (experts, out, inputs // 32 or 1, 16), f"{name}_scales": (experts, out, 1)}
+    words = {True: torch.uint8, False: torch.bfloat16}
+    tensors = {
+        key: torch.zeros(shape, dtype=words[key.endswith(("_blocks", "_scales"))]) for key, shape in shapes.items()
+    }
+    save_file(tensors, base / "model.safetensors")
+    config = json.loads((tiny_folder("gpt_oss") / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "mxfp4"}}))
+    status, found = inspected(capsys, base)
+    told = {row["form"]: row for row in found["coverage"] if row["change"] == "ScaleExperts at router"}
+    assert (told["patch"]["layers"], told["patch"]["why"]) == (4, "powers of two only (mxfp4)")
+    assert (told["lora"]["layers"], told["hook"]["layers"]) == (0, 4)
 
 
 def test_an_adapter_of_fused_experts_is_read_with_the_model(tiny_folder, tmp_path, capsys):
