@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 import probes
+from probes.collect.recorders import Recorder
 from probes.collect.team import Team, joined, launched, leads
+from probes.experts import expert_scores, recorder_for
 from steer.errors import SteerError
 from tests.probes import made
 from tests.probes.test_collect import content
@@ -23,9 +25,10 @@ CODE = """
     torch.set_num_threads(1)
     import probes
     from tests.probes import made
+    from tests.probes.test_distributed import recorders
 
     rank, out = int(os.environ["RANK"]), sys.argv[1]
-    model, traces = made.model(), made.traces(150, longest=12)
+    model, traces = made.model("qwen3_moe"), made.traces(150, longest=12)
 
     def say(line):
         os.write(1, (line + "\\n").encode())  # At once: both processes write into one pipe.
@@ -35,9 +38,19 @@ CODE = """
             say(f"done {state.shards} {state.traces}")
         {fault}
 
-    summary = probes.collect(model, traces, out, resume="resume" in sys.argv, progress=progress)
+    summary = probes.collect(model, traces, out, recorders=recorders(), resume="resume" in sys.argv, progress=progress)
     say(f"rank {rank} {len(summary)}")
 """
+
+
+def recorders() -> list[Recorder]:
+    """Means of the stream and of heads, and counts of experts."""
+    return [probes.SpanMeans(("resid_mid",)), probes.HeadMeans(), recorder_for({"<think>": 1, "</think>": -1})]
+
+
+def alone(folder: Path) -> probes.Summary:
+    """Collect the same in this process."""
+    return probes.collect(made.model("qwen3_moe"), made.traces(150, longest=12), folder, recorders=recorders())
 
 
 def together(folder: Path, fault: str = "", *arguments: str, code: str = CODE) -> subprocess.CompletedProcess[str]:
@@ -109,8 +122,10 @@ def test_two_processes_give_the_bytes_of_one(tmp_path: Path) -> None:
     done = together(tmp_path / "two")
     assert done.returncode == 0, done.stderr
     assert {"rank 0 300", "rank 1 300", "done 5 300"} <= set(done.stdout.splitlines()), done.stdout
-    probes.collect(made.model(), made.traces(150, longest=12), tmp_path / "one")
+    one, two = alone(tmp_path / "one"), probes.Summary.load(tmp_path / "two")
     assert content(tmp_path / "two") == content(tmp_path / "one")
+    markers = {"<think>": 1, "</think>": -1}
+    assert expert_scores(two, markers, resamples=20) == expert_scores(one, markers, resamples=20)
 
 
 @pytest.mark.faults
@@ -122,7 +137,7 @@ def test_two_killed_processes_resume_to_the_same_bytes(tmp_path: Path) -> None:
     assert 1 <= len(list((tmp_path / "two").glob("shard-*"))) < 5
     (tmp_path / "two" / ".shard-00004.safetensors.1.partial").write_text("what a kill in the midst of writing leaves")
     assert together(tmp_path / "two", "", "resume").returncode == 0
-    probes.collect(made.model(), made.traces(150, longest=12), tmp_path / "one")
+    alone(tmp_path / "one")
     assert content(tmp_path / "two") == content(tmp_path / "one")
 
 
