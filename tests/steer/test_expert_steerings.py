@@ -70,6 +70,7 @@ def test_vectors_id_leaves_beta_out_and_nothing_else() -> None:
 def test_scaled_goes_into_beta() -> None:
     (half,) = Steering((SCALE,)).scaled(0.5).interventions
     assert half == replace(SCALE, beta=1 + 0.5 * 63)
+    assert ScaleExperts(((1, 0),), 0.1).factor(1.0) == 0.1, "unrounded, as the patch has it"
     assert Steering((SCALE,)).scaled(0.0).interventions[0].is_zero(1.0)
     assert Steering((SCALE,)).scaled(1.0) == Steering((SCALE,))
     twice = Steering((SCALE,)).scaled(0.5).scaled(0.25)

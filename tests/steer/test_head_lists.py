@@ -38,6 +38,15 @@ def test_a_head_stands_once():
         parse_heads("1:2 3:4 1:2")
 
 
+def test_experts_are_called_so():
+    assert read_heads("[(3, 0), (2, 5)]", "expert") == ((3, 0), (2, 5))
+    with pytest.raises(SteerError, match="names the expert"):
+        parse_heads("1:2 1:2", "expert")
+    for text in ("three", "(3, 0) and more"):
+        with pytest.raises(SteerError, match="list of experts"):
+            read_heads(text, "expert")
+
+
 def test_overlap_is_the_share_of_the_shorter_list():
     assert overlap([(0, 1), (2, 3)], [(2, 3), (4, 5), (6, 7)]) == 0.5
     with pytest.raises(SteerError, match="empty"):

@@ -344,3 +344,12 @@ def test_every_kind_is_an_operation() -> None:
     for each in (Scale(W, 2.0), AddDense(W, torch.ones(2, 2)), AddBias(0, "mlp_output", torch.ones(2))):
         assert isinstance(each, Operation)
         assert each.as_json()["operation"] in ("scale", "add_dense", "add_bias")
+
+
+def test_a_whole_scale_is_its_factor_unrounded() -> None:
+    """1 + (2^-60 - 1) is 0 in float64, and 1 + (0.1 - 1) is not 0.1."""
+    for factor in (2.0**-60, 0.1, 3.0):
+        assert Scale(Matrix(0, "expert_down", 0), factor).effective == factor
+    assert Scale(Matrix(0, "expert_down", 0), 5.0, weight=0.5).effective == 3.0
+    weight = torch.tensor([[1.0, -3.0]])
+    assert torch.equal(edited(weight, [Scale(Matrix(0, "expert_down", 0), 2.0**-60)], 1), weight * 2.0**-60)

@@ -52,6 +52,14 @@ def test_a_patch_and_a_steering_that_agree(tiny_folder: Folder, tmp_path: Path, 
     assert float((hook - baked).abs().max()) < 1e-4 < float((hook - model.run(IDS)[0]).abs().max())
 
 
+def test_the_steering_becomes_the_same_patch(tiny_folder: Folder, tmp_path: Path, capsys: Captured) -> None:
+    base, up = tiny_folder("gpt_oss"), tmp_path / "up.yaml"
+    one, other = tmp_path / "one.safetensors", tmp_path / "other.safetensors"
+    assert typed(base, *NAMED, "--beta", "0.5", "--out", str(one), "--steering", str(up)) == 0
+    assert run(["patch", "direction", str(up), "--model", str(base), "--out", str(other)]) == 0
+    assert Patch.load(one) == Patch.load(other)
+
+
 def test_it_says_what_to_do_next(tiny_folder: Folder, tmp_path: Path, capsys: Captured) -> None:
     base, out, up = tiny_folder("olmoe"), tmp_path / "p.safetensors", tmp_path / "up.yaml"
     assert typed(base, *NAMED, "--beta", "2", "--out", str(out), "--steering", str(up)) == 0
