@@ -11,7 +11,7 @@ from experiments.tasks.registry import named
 from experiments.tasks.task import Task
 from experiments.think_policies import parse_policy
 from steer.errors import SteerError
-from steer.generation import Prompt, Sampling
+from steer.generation import BATCH, Prompt, Sampling
 from steer.policy import Policy
 from steer.prompts import Content, RawText
 from steer.trace import Trace
@@ -76,7 +76,7 @@ class Again:
             max(trace.sample for trace in run) + 1,
             None if policy is None else parse_policy(str(policy), model.marks, model.tokenizer),
             run.meta.get("thinking"),
-            int(run.meta.get("batch_size", 64)),
+            int(run.meta.get("batch_size", BATCH)),
         )
 
     def ask(
@@ -110,6 +110,25 @@ class Again:
             batch_size=self.batch_size,
         )
         return [graded(trace, model, self.task) for trace in traces]
+
+
+def answered(
+    model: SteerableModel,
+    task: Task | str,
+    *,
+    limit: int | None = None,
+    samples: int = 1,
+    seed: int = 0,
+    sampling: Sampling | None = None,
+    batch_size: int = BATCH,
+) -> Traces:
+    """Ask a task's questions and grade the replies, without a run folder; arguments as `experiments.evaluate`."""
+    chosen = named(task) if isinstance(task, str) else task
+    chat = model.tokenizer.chat_template is not None
+    prompts = [Prompt(item.id, item.content(chat), item.group, item.gold) for item in chosen.items(limit)]
+    found = model.generate(prompts, sampling=sampling, samples=samples, seed=seed, batch_size=batch_size)
+    told = {"task": {"name": chosen.name, **chosen.options()}}
+    return Traces((graded(trace, model, chosen) for trace in found), found.meta | told, tokenizer=model.tokenizer)
 
 
 def behind(text: str, content: Content) -> Content:

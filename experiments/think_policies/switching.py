@@ -111,13 +111,18 @@ def switch_tokens(word: str, tokenizer: Any) -> tuple[int, ...]:
     Raises:
         SteerError: there is none.
     """
-    bare, known = word.strip(), tokenizer.get_vocab()
-    written = [space + text for text in dict.fromkeys((bare, bare.capitalize())) for space in SPACES] if bare else []
-    found = {int(known[text]) for text in written if text in known}
+    found = spellings(word, tokenizer)
     if not found:
         raise SteerError(
             f"this model's tokenizer does not write {word!r} as one token",
             "words of one token",
             "Name others (tip:3:600:WORD,WORD), or use min:N, which needs none",
         )
-    return tuple(sorted(found))
+    return found
+
+
+def spellings(word: str, tokenizer: Any) -> tuple[int, ...]:
+    """Return what `switch_tokens` does, and nothing where there is no such token."""
+    bare, known = word.strip(), tokenizer.get_vocab()
+    written = [space + text for text in dict.fromkeys((bare, bare.capitalize())) for space in SPACES] if bare else []
+    return tuple(sorted({int(known[text]) for text in written if text in known}))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.again import Again, behind
+from experiments.again import Again, answered, behind
 from experiments.evaluate import evaluate
 from steer.errors import SteerError
 from steer.model import SteerableModel
@@ -29,6 +29,12 @@ def test_the_same_model_replies_the_same_and_more_often_where_asked(organism: St
     more = again.ask(organism, items, samples=3)
     assert [trace for trace in more if trace.sample < 2] == told
     assert len(more) == 12 and all(trace.correct is not None for trace in more)
+
+
+def test_a_task_is_asked_without_a_folder(organism: SteerableModel, run: Traces) -> None:
+    assert list(answered(organism, "chain", limit=6, samples=2, seed=3)) == list(run)
+    told = answered(organism, "chain", limit=2)
+    assert Again.of(organism, told).ask(organism, [told[0].item]) == [told[0]]
 
 
 def test_with_a_policy_and_with_a_text_before(organism: SteerableModel, run: Traces) -> None:
