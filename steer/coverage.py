@@ -266,7 +266,8 @@ def _patched(
     if form == "patch":
         return Verdict(what, layers, note="; ".join(filter(None, [counted, noted(touched)])))
     if form == "vllm":
-        return Verdict(what, layers, note=form_table.SERVED)
+        adapter = _adapted(what, layers, operations, target).reason is None
+        return Verdict(what, layers, note=form_table.SERVED if adapter else "as the patched checkpoint")
     if form == "hook":
         by_heads = all(isinstance(each, ProjectColumns) and each.heads for each in operations)
         if by_heads:

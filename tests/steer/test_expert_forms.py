@@ -74,6 +74,12 @@ def test_a_patch_scales_what_experts_write() -> None:
     ]
 
 
+def test_a_patch_of_experts_is_served_as_a_checkpoint_alone() -> None:
+    patch = Patch.from_steering(Steering((SCALE,)), model("olmoe"))
+    (found,) = cover(patch, "olmoe", "vllm").rows
+    assert found.note == "as the patched checkpoint" and found.expressible
+
+
 WRONG: list[tuple[Intervention, Form, tuple[str, ...]]] = [
     (ScaleExperts(((1, 0),), 2.0, renormalise=True), "patch", ("keep their sum", "hook form, or renormalise=False")),
     (ScaleExperts(((1, 0),), 2.0, phase="thinking"), "patch", ("phase 'thinking'", "hook form, or phase='all'")),
