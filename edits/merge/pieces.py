@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +43,7 @@ class Stored:
     entry: Entry
     count: int
 
-    @property
+    @cached_property
     def has(self) -> int:
         """Numbers on disk among those wanted."""
         return min(self.count, (self.entry.end - self.entry.start) // BYTES[self.entry.dtype])

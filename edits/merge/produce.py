@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from queue import SimpleQueue
+from threading import Event
 from typing import Any, TypeVar
 
 import numpy as np
@@ -44,7 +45,7 @@ class Produced:
     """
 
     def __init__(self, job: Job, rooms: Rooms) -> None:
-        self._job, self._rooms = job, rooms
+        self._job, self._rooms, self._changes, self._comparable = job, rooms, changes(job), job.comparable
         self._begin()
 
     def _begin(self) -> None:
@@ -70,7 +71,7 @@ class Produced:
         data: Bytes = self._rooms.out(number)[: size * BYTES[job.dtype]]
         stored = torch.from_numpy(data).view(TORCH[job.dtype])
         words: NDArray[Any] = data.view(_WORD[job.dtype])
-        if changes(job):
+        if self._changes:
             change, base, spare = result.numbers, result.piece.first.wide[:size], self._rooms.spare[:size]
             stored.copy_(torch.add(change, base, out=spare))
             actual = spare.copy_(stored).sub_(base)
@@ -82,10 +83,10 @@ class Produced:
                 sums.append(float(torch.dot(first, second)))
         else:
             stored.copy_(result.numbers)
-        if job.comparable:
+        if self._comparable:
             before = result.piece.first.raw[: data.size].view(_WORD[job.dtype])
             self._changed += int(np.count_nonzero(words != before))
-        if not changes(job) or not math.isfinite(self._actual[-1]):
+        if not self._changes or not math.isfinite(self._actual[-1]):
             mask = _WORD[job.dtype](_EXPONENT[job.dtype])
             self._odd += int(np.count_nonzero((words & mask) == mask))
         return data
@@ -101,11 +102,11 @@ class Produced:
             "models": [term.model for term in job.terms],
             "after": f"sha256:{self._hash.hexdigest()}",
             "numbers": math.prod(job.shape),
-            "changed": self._changed if job.comparable else None,
+            "changed": self._changed if self._comparable else None,
             "not_finite": self._odd,
-            "wanted": _plain(wanted) if changes(job) else None,
-            "survived": _plain(actual / wanted) if changes(job) and wanted else None,
-            "cosine": _plain(inner / (wanted * actual)) if changes(job) and wanted and actual else None,
+            "wanted": _plain(wanted) if self._changes else None,
+            "survived": _plain(actual / wanted) if self._changes and wanted else None,
+            "cosine": _plain(inner / (wanted * actual)) if self._changes and wanted and actual else None,
             "filled": job.filled,
         }
         return found | self._note
@@ -114,20 +115,33 @@ class Produced:
 @contextmanager
 def ahead(pieces: Iterator[T], many: int) -> Iterator[Iterator[T]]:
     """Make up to `many` pieces in a thread while earlier ones are worked on; errors come out where the piece would."""
-    with ThreadPoolExecutor(1) as thread:
-        waiting = deque(thread.submit(next, pieces, None) for _ in range(many))
+    made: SimpleQueue[T | None] = SimpleQueue()
+    wanted: SimpleQueue[None] = SimpleQueue()
+    over = Event()
 
-        def made() -> Iterator[T]:
-            while (piece := waiting.popleft().result()) is not None:
-                waiting.append(thread.submit(next, pieces, None))
+    def work() -> None:
+        try:
+            while wanted.get() is None and not over.is_set() and (piece := next(pieces, None)) is not None:
+                made.put(piece)
+        finally:
+            made.put(None)
+
+    with ThreadPoolExecutor(1) as thread:
+        working = thread.submit(work)
+
+        def given() -> Iterator[T]:
+            while (piece := made.get()) is not None:
                 yield piece
-                del piece
+                wanted.put(None)
+            working.result()
 
         try:
-            yield made()
+            for _ in range(many):
+                wanted.put(None)
+            yield given()
         finally:
-            for each in waiting:
-                each.cancel()
+            over.set()
+            wanted.put(None)
 
 
 @contextmanager
