@@ -32,14 +32,12 @@ from torch.utils.hooks import RemovableHandle
 
 from steer.anatomy.modules import LayerPlaces, Places
 from steer.anatomy.resolve import Anatomy
-from steer.anatomy.router_check import prove_router
 from steer.errors import SteerError
 from steer.interventions import BiasRouter
 from steer.programs import HeadProgram, Program, Write
 from steer.report import Count, Report, Tick
-from steer.router_tap import RouterTap
-from steer.router_writes import LogitProgram, WeightProgram
-from steer.routing import Chooser, Listener
+from steer.router_tap import Routers, RouterTap
+from steer.routing import Listener
 from steer.sites import SITES
 from steer.sites import site as site_named
 
@@ -119,7 +117,7 @@ class Taps:
         self._contexts: list[_Context] = []
         self._positions: list[Positions] = []
         self._handles: list[RemovableHandle] = []
-        self._proven: dict[tuple[int, str], Chooser | None] = {}
+        self._routers = Routers(anatomy, places)
         self._totals: dict[str, Count] = {}
         self._tick = Tick(0, None, 0, {})
         self._residual: dict[int, Tensor] = {}
@@ -275,19 +273,12 @@ class Taps:
         )
 
     def _router_tap(self, layer: int) -> RouterTap:
-        """All that happens at one router; before the first write there, it is proven that a write has its effect."""
-        biases, scalings = self._writes(layer, "router_logits"), self._writes(layer, "router")
-        dtype = next(self.places.embedding.parameters()).dtype
-        for site in [site for site, writes in (("router_logits", biases), ("router", scalings)) if writes]:
-            if (layer, site) not in self._proven:
-                self._proven[layer, site] = prove_router(self.places.layers[layer], self.anatomy, layer, site, dtype)
-        chooser = self._proven.get((layer, "router_logits"))
-        return RouterTap(
+        return self._routers.tap(
             layer,
-            LogitProgram(layer, biases, chooser) if biases and chooser is not None else None,
-            WeightProgram(layer, scalings, self.anatomy.experts) if scalings else None,
+            self._writes(layer, "router_logits"),
+            self._writes(layer, "router"),
             self._readers(layer, "router_logits"),
-            tuple(each.listener for each in self._contexts if each.listener is not None and layer in each.heard),
+            [each.listener for each in self._contexts if each.listener is not None and layer in each.heard],
         )
 
     def _install_router(self, layer: int, tap: RouterTap) -> None:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
+from steer.anatomy.modules import Places
+from steer.anatomy.resolve import Anatomy
+from steer.anatomy.router_check import prove_router
 from steer.errors import SteerError
+from steer.programs import Write
 from steer.report import Tick
 from steer.router_writes import LogitProgram, WeightProgram
-from steer.routing import Listener, Routing, chosen, returned
+from steer.routing import Chooser, Listener, Routing, chosen, returned
+
+LogitReader = Callable[[str, int, Tensor, Tensor | None], None]
 
 
 @dataclass(frozen=True)
@@ -29,8 +35,8 @@ class RouterTap:
     layer: int
     logits: LogitProgram | None
     weights: WeightProgram | None
-    readers: tuple[Callable[[str, int, Tensor, Tensor | None], None], ...]
-    listeners: tuple[Listener, ...]
+    readers: Sequence[LogitReader]
+    listeners: Sequence[Listener]
 
     def __call__(self, output: Any, tick: Tick) -> Any:
         """Take what the router returned, and return what its block is to see.
@@ -55,6 +61,44 @@ class RouterTap:
             reader("router_logits", self.layer, logits, tick.states)
         for listener in self.listeners:
             listener(self.layer, routing, tick.states)
-        if self.logits is None and self.weights is None:
-            return output
-        return returned(output, logits, routing.weights, routing.ids)
+        if self.logits is not None:
+            return returned(output, routing.weights, routing.ids, logits)
+        return output if self.weights is None else returned(output, routing.weights)
+
+
+class Routers:
+    """The routers of one model, and what has been proven of them: every site of a layer once, before its first write."""
+
+    def __init__(self, anatomy: Anatomy, places: Places) -> None:
+        self.anatomy, self.places = anatomy, places
+        self._proven: dict[tuple[int, str], Chooser | None] = {}
+
+    def tap(
+        self,
+        layer: int,
+        biases: Sequence[Write],
+        scalings: Sequence[Write],
+        readers: Sequence[LogitReader],
+        listeners: Sequence[Listener],
+    ) -> RouterTap:
+        """Return all that happens at one router; nobody's hook of ours may be on the layer, since its block may run.
+
+        Raises:
+            SteerError: writes there would not have their effect, see `prove_router`.
+        """
+        chooser = self._prove(layer, "router_logits") if biases else None
+        if scalings:
+            self._prove(layer, "router")
+        return RouterTap(
+            layer,
+            None if chooser is None else LogitProgram(layer, biases, chooser),
+            WeightProgram(layer, scalings, self.anatomy.experts) if scalings else None,
+            readers,
+            listeners,
+        )
+
+    def _prove(self, layer: int, site: str) -> Chooser | None:
+        if (layer, site) not in self._proven:
+            dtype = next(self.places.embedding.parameters()).dtype
+            self._proven[layer, site] = prove_router(self.places.layers[layer], self.anatomy, layer, site, dtype)
+        return self._proven[layer, site]

@@ -79,11 +79,14 @@ def chosen(
     return flat[0], flat[1], flat[2].long()
 
 
-def returned(output: Sequence[Tensor], logits: Tensor, weights: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
-    """Put logits, weights and ids of any leading shape in the order, shapes and dtypes of what the router returned."""
-    first = output[0].is_floating_point()
-    parts = (logits, weights, ids) if first else (ids, weights, logits)
-    return tuple(new.reshape(old.shape).to(old.dtype) for new, old in zip(parts, output, strict=True))
+def returned(
+    output: Sequence[Tensor], weights: Tensor, ids: Tensor | None = None, logits: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """Put what was changed, in any leading shape, in the place, shape and dtype that it had in what the router returned."""
+    parts = (logits, weights, ids) if output[0].is_floating_point() else (ids, weights, logits)
+    return tuple(
+        old if new is None else new.reshape(old.shape).to(old.dtype) for new, old in zip(parts, output, strict=True)
+    )
 
 
 class Chooser:

@@ -71,8 +71,8 @@ class _Block:
 
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
             self.routed = output
-            logits, weights, ids = chosen(output, self.where)
-            return returned(output, logits, *rewrite(weights, ids))
+            _, weights, ids = chosen(output, self.where)
+            return returned(output, *rewrite(weights, ids))
 
         handle = self.router.register_forward_hook(hook)
         try:

@@ -50,7 +50,7 @@ def test_where_every_expert_is_chosen_weights_are_no_logits():
     for output in ((z, weights, ids), (ids, weights, z)):
         found = chosen(output, "layer 0")
         assert all(torch.equal(a, b) for a, b in zip(found, (z, weights, ids), strict=True))
-        assert all(torch.equal(a, b) for a, b in zip(returned(output, *found), output, strict=True)), (
+        assert all(torch.equal(a, b) for a, b in zip(returned(output, weights, ids, z), output, strict=True)), (
             "in the same order"
         )
 
@@ -58,7 +58,8 @@ def test_where_every_expert_is_chosen_weights_are_no_logits():
 def test_what_is_returned_has_the_routers_shapes_and_dtypes():
     output = (torch.zeros(6, 2, dtype=torch.int32), torch.zeros(6, 2, dtype=torch.bfloat16), torch.zeros(6, 4))
     z, weights, ids = torch.rand(2, 3, 4).double(), torch.rand(2, 3, 2), torch.ones(2, 3, 2, dtype=torch.long)
-    found = returned(output, z, weights, ids)
+    found = returned(output, weights, ids, z)
+    assert all(new is old for new, old in zip(returned(output, weights)[::2], output[::2], strict=True)), "untouched"
     for new, old in zip(found, output, strict=True):
         assert (new.shape, new.dtype) == (old.shape, old.dtype)
     assert torch.equal(found[1], weights.reshape(6, 2).bfloat16()) and (found[0] == 1).all()
