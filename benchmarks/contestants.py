@@ -1,8 +1,8 @@
 """What is timed against what in `benchmarks.edits`, and the process that runs it, which answers line by line.
 
 A request is one line of JSON on stdin: {"work": name, "folders": [...], "out": folder}; the answer {"seconds": s} on
-stdout. The write queue is emptied before the clock starts, and every work but mergekit's leaves nothing unflushed when it
-stops. What was written is removed afterwards, untimed.
+stdout. The write queue is emptied before the clock starts, and no work leaves anything unflushed when it stops. What was
+written is removed afterwards, untimed.
 """
 
 from __future__ import annotations
