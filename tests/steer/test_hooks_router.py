@@ -463,6 +463,16 @@ def test_readers_and_listeners_see_what_comes_after_every_write(tiny):
     assert (z[..., 3] - z[..., :3].amax(-1) >= 0.01 - 1e-5).all()
 
 
+def test_logits_are_written_before_weights_whichever_context_came_first(tiny):
+    model = model_of(tiny, "mixtral")
+    scale, bias = ScaleExperts(((0, 2),), 4.0), BiasRouter(force_in=((0, 2),))
+    expected = routing(model, 0, bias, scale)
+    assert (expected[1] > 1).any(-1).all(), "every token's forced expert is scaled"
+    with model.steered(Steering((scale,))), model.steered(Steering((bias,))):
+        found = routing(model, 0, nothing(0))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def test_reading_a_router_changes_nothing_and_needs_no_positions(tiny):
     model = model_of(tiny, "granitemoe", torch.bfloat16)
     plain = logits(model)
