@@ -18,7 +18,7 @@ from steer.expert_interventions import Expert, ScaleExperts
 from steer.expert_scores import ExpertScores
 from steer.files import refuse_existing
 from steer.head_lists import read_heads
-from steer.identity import check_same
+from steer.identity import ModelIdentity, check_same
 from steer.sources import locate
 from steer.steering import Steering
 from steer.targets import target_of
@@ -60,11 +60,7 @@ def command(
     found = None if scores is None else ExpertScores.load(scores)
     chosen = _chosen(found, top, expert or [])
     change = ScaleExperts(chosen, beta, renormalise, phase)
-    identity = target_of(model).identity
-    if found is not None and found.model is not None:
-        check_same(found.model, identity, "the expert scores")
-        identity = found.model
-    hook = Steering((change,), identity)
+    hook = Steering((change,), _identity(found, model))
     covered = coverage(hook, model, "hook")
     told: dict[str, Any] = {"experts": [list(pair) for pair in change.experts], "beta": change.beta}
     lines: list[str] = []
@@ -100,6 +96,15 @@ def _check_outputs(out: Path | None, steering: Path | None, renormalise: bool, p
         )
     for path in filter(None, (out, steering)):
         refuse_existing(path, overwrite=False)
+
+
+def _identity(scores: ExpertScores | None, model: str) -> ModelIdentity:
+    """The model as the scores know it, where they do, since they may know its weights too."""
+    here = target_of(model).identity
+    if scores is None or scores.model is None:
+        return here
+    check_same(scores.model, here, "the expert scores")
+    return scores.model
 
 
 def _chosen(scores: ExpertScores | None, top: int | None, named: list[str]) -> tuple[Expert, ...]:
