@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import steer
-from benchmarks import readers, span_means, startup, steered_generation
+from benchmarks import experts, readers, span_means, startup, steered_generation
 from steer.anatomy.headers import read_headers
 
 
@@ -82,3 +82,12 @@ def test_other_readers_find_what_we_find(model, name):
     ours, theirs = readers.ours(model)(pairs), readers.READERS[name](model)(pairs)
     for layer in list(ours)[:-1]:
         np.testing.assert_allclose(theirs[layer], ours[layer], atol=1e-5)
+
+
+def test_what_is_scored_has_one_mark_of_each_kind_per_trace(tmp_path, monkeypatch):
+    for name, value in (("LAYERS", 2), ("EXPERTS", 8), ("CHOSEN", 2), ("TOKENS", 20)):
+        monkeypatch.setattr(experts, name, value)
+    experts.large_summary(tmp_path / "summary", 5)
+    rows = experts.Summary.load(tmp_path / "summary").rows
+    assert [dict(row.positions) for row in rows] == [{"marker:<think>@all": 1, "marker:</think>@all": 1}] * 5
+    assert set(experts.scored(tmp_path / "summary")) == {"seconds", "peak_bytes"}
