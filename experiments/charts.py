@@ -104,6 +104,7 @@ def line_chart(
     y_label: str,
     form: Form = number,
     y_range: tuple[float, float] | None = None,
+    at_form: Form = number,
 ) -> str:
     """Lines with intervals; controls thin and dashed, the first series strong.
 
@@ -114,6 +115,7 @@ def line_chart(
         y_label: with unit.
         form: writes a value of the vertical axis.
         y_range: ends of the vertical axis; None fits the values.
+        at_form: writes a place on the horizontal axis.
     """
     height = 236
     known = [point for each in series for point in each.points if point.value is not None]
@@ -132,17 +134,19 @@ def line_chart(
         line(LEFT, y(tick), WIDTH - RIGHT, y(tick), "grid") + text(LEFT - 6, y(tick) + 4, form(tick), anchor="end")
         for tick in marks
     ]
-    body += [text(x(at), height - BOTTOM + 16, number(at)) for at in columns]
+    body += [text(x(at), height - BOTTOM + 16, at_form(at)) for at in columns]
     body += [
         text((LEFT + WIDTH - RIGHT) / 2, height - 6, x_label, "label"),
         text(11, (TOP + height - BOTTOM) / 2, y_label, "label", turned=True),
     ]
     for each in reversed(series):
-        body += _drawn(each, x, y, form)
+        body += _drawn(each, x, y, form, at_form)
     return svg(body, height, title)
 
 
-def _drawn(series: Series, x: Form | Callable[[float], float], y: Callable[[float], float], form: Form) -> list[str]:
+def _drawn(
+    series: Series, x: Callable[[float], float], y: Callable[[float], float], form: Form, at_form: Form
+) -> list[str]:
     points = [(x(at), point, at) for at, point in zip(series.at, series.points, strict=True) if point.value is not None]
     path = " ".join(f"{place:.1f},{y(point.value or 0):.1f}" for place, point, _ in points)
     body = [f'<polyline class="line {series.kind}" points="{path}"/>']
@@ -150,7 +154,7 @@ def _drawn(series: Series, x: Form | Callable[[float], float], y: Callable[[floa
         if series.kind != "control" and point.low is not None and point.high is not None:
             body.append(line(float(place), y(point.low), float(place), y(point.high), f"whisker {series.kind}"))
         body.append(
-            mark(float(place), y(point.value or 0), series.kind, said(f"{series.name} at {number(at)}", point, form))
+            mark(float(place), y(point.value or 0), series.kind, said(f"{series.name} at {at_form(at)}", point, form))
         )
     return body
 
@@ -231,40 +235,50 @@ def row_chart(
     return svg(body, height, title)
 
 
-def head_map(values: Sequence[Sequence[float]], chosen: Sequence[tuple[int, int]], title: str) -> str:
-    """The map layer x head: filled by score, towards short thoughts or away from them, chosen heads outlined.
+def part_map(
+    values: Sequence[Sequence[float]],
+    chosen: Sequence[tuple[int, int]],
+    title: str,
+    part: str = "head",
+    layers: Sequence[int] | None = None,
+) -> str:
+    """The map layer x part: filled by score, above or below zero, chosen parts outlined.
 
     Args:
-        values: (layer, head), finite.
-        chosen: (layer, head) to outline, best first; their rank is written into them.
+        values: (layer, part); one that is not finite was not scored and stays empty.
+        chosen: (layer, part) to outline, best first; their rank is written into them.
         title: for screen readers.
+        part: what the columns are.
+        layers: the number of each row; None counts from 0.
     """
-    layers, heads = len(values), len(values[0])
-    size = min(38.0, (WIDTH - LEFT - RIGHT) / heads)
-    largest = max(abs(value) for row in values for value in row) or 1.0
+    numbers, count = layers or range(len(values)), len(values[0])
+    size = min(38.0, (WIDTH - LEFT - RIGHT) / count)
+    known = [abs(value) for row in values for value in row if math.isfinite(value)]
+    largest = max(known, default=0.0) or 1.0
     body = [
-        text(LEFT + (head + 0.5) * size, TOP + layers * size + 16, str(head))
-        for head in range(heads)
-        if heads <= 16 or head % 4 == 0
+        text(LEFT + (column + 0.5) * size, TOP + len(values) * size + 16, str(column))
+        for column in range(count)
+        if count <= 16 or column % 4 == 0
     ]
-    body += [text(LEFT - 8, TOP + (layer + 0.5) * size + 4, str(layer), anchor="end") for layer in range(layers)]
-    height = TOP + layers * size + 40
     body += [
-        text(LEFT + heads * size / 2, height - 6, "head", "label"),
-        text(13, TOP + layers * size / 2, "layer", "label", turned=True),
+        text(LEFT - 8, TOP + (row + 0.5) * size + 4, str(layer), anchor="end") for row, layer in enumerate(numbers)
+    ]
+    height = TOP + len(values) * size + 40
+    body += [
+        text(LEFT + count * size / 2, height - 6, part, "label"),
+        text(13, TOP + len(values) * size / 2, "layer", "label", turned=True),
     ]
     outlines = []
-    for layer, row in enumerate(values):
-        for head, value in enumerate(row):
-            x, y = LEFT + head * size, TOP + layer * size
+    for at, (layer, row) in enumerate(zip(numbers, values, strict=True)):
+        for column, value in enumerate(row):
+            x, y = LEFT + column * size, TOP + at * size
+            told = f"{value:+.3f}" if math.isfinite(value) else "not scored"
             kind = "towards" if value > 0 else "away"
-            words = f"layer {layer}, head {head}: {value:+.3f}"
-            rank = chosen.index((layer, head)) + 1 if (layer, head) in chosen else None
-            body.append(
-                f'<rect class="cell {kind}" x="{x + 1:.1f}" y="{y + 1:.1f}" width="{size - 2:.1f}" height="{size - 2:.1f}"'
-                f' fill-opacity="{0.06 + 0.94 * abs(value) / largest:.3f}"><title>{escape(words)}</title></rect>'
-            )
-            if rank is not None:
-                box = f'<rect class="chosen" x="{x + 1:.1f}" y="{y + 1:.1f}" width="{size - 2:.1f}" height="{size - 2:.1f}"/>'
-                outlines.append(box + text(x + size / 2, y + size / 2 + 4, str(rank), "rank"))
+            depth = 0.06 + 0.94 * abs(value) / largest if math.isfinite(value) else 0.0
+            box = f'x="{x + 1:.1f}" y="{y + 1:.1f}" width="{size - 2:.1f}" height="{size - 2:.1f}"'
+            words = escape(f"layer {layer}, {part} {column}: {told}")
+            body.append(f'<rect class="cell {kind}" {box} fill-opacity="{depth:.3f}"><title>{words}</title></rect>')
+            if (layer, column) in chosen:
+                rank = str(chosen.index((layer, column)) + 1)
+                outlines.append(f'<rect class="chosen" {box}/>' + text(x + size / 2, y + size / 2 + 4, rank, "rank"))
     return svg([*body, *outlines], height, title)

@@ -117,7 +117,7 @@ class DemoResult:
             probe_wording.side_effects(self),
             probe_wording.heads(self),
             wording.editing(self),
-            wording.verification(self),
+            wording.verification(self.agreement),
         )
 
     def to_dict(self) -> dict[str, Any]:

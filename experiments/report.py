@@ -83,7 +83,7 @@ def steering_charts(result: DemoResult) -> tuple[str, str, str]:
 
 def head_chart(result: DemoResult) -> str:
     """The map of head scores with the edited heads outlined."""
-    return charts.head_map(result.scores.values.tolist(), result.edit.heads, "Score of every attention head")
+    return charts.part_map(result.scores.values.tolist(), result.edit.heads, "Score of every attention head")
 
 
 def fifths_chart(result: DemoResult) -> str:

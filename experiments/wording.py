@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from steer.intervals import Interval
 
 if TYPE_CHECKING:
+    from edits.agreement import Agreement
     from experiments.demo_result import DemoResult
     from experiments.run import Run
 
@@ -73,7 +74,7 @@ def clear(change: Interval) -> bool:
 
 def headline(result: DemoResult) -> tuple[str, ...]:
     """The baseline, steering, the edit, and the verification, a paragraph each; what probes say is in `probe_wording`."""
-    return (baseline(result.model, result.baseline), steering(result), editing(result), verification(result))
+    return (baseline(result.model, result.baseline), steering(result), editing(result), verification(result.agreement))
 
 
 def baseline(model: str, run: Run) -> str:
@@ -125,9 +126,8 @@ def editing(result: DemoResult) -> str:
     )
 
 
-def verification(result: DemoResult) -> str:
+def verification(found: Agreement) -> str:
     """Whether hook and checkpoint agree."""
-    found = result.agreement
     same = {True: "every byte is as the patch wants it", False: "bytes differ", None: "bytes were not compared"}
     verdict = "The two forms agree" if found.passed else "The two forms DO NOT agree"
     return (

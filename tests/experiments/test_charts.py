@@ -11,9 +11,9 @@ from experiments.charts import (
     WIDTH,
     Series,
     category_chart,
-    head_map,
     line_chart,
     number,
+    part_map,
     row_chart,
     share,
     ticks,
@@ -79,7 +79,7 @@ def test_what_is_missing_is_not_drawn_and_what_is_said_is_escaped():
 
 
 def test_the_map_of_heads():
-    picture = head_map([[0.5, -1.0, 0.0], [2.0, 0.25, -0.5]], ((1, 0), (0, 0)), "scores")
+    picture = part_map([[0.5, -1.0, 0.0], [2.0, 0.25, -0.5]], ((1, 0), (0, 0)), "scores")
     cells = of_class(picture, "cell")
     assert len(cells) == 6 and len(of_class(picture, "chosen")) == 2
     assert [e.text for e in of_class(picture, "rank")] == ["2", "1"], "ranks, in the order of the map"
@@ -93,7 +93,7 @@ def test_the_map_of_heads():
 
 
 def test_many_heads_still_fit():
-    assert inside(head_map([[0.1 * h for h in range(32)] for _ in range(28)], (), "large"))
+    assert inside(part_map([[0.1 * h for h in range(32)] for _ in range(28)], (), "large"))
 
 
 def test_categories_and_rows():
