@@ -34,8 +34,8 @@ LORA_REMEDY = (
     "`steer export PATCH --as lora --model UNQUANTISED --out F`, which runs on the quantised one too"
 )
 EXPERTS_REMEDY = (
-    "Patch the unquantised checkpoint and quantise the result; or use the hook form, `ScaleExperts`, which "
-    "`steer patch experts … --steering FILE` writes"
+    "Patch the unquantised checkpoint and quantise the result; or, where loading leaves the experts in plain tensors, use "
+    "the hook form, `ScaleExperts`, which `steer patch experts … --steering FILE` writes"
 )
 
 
