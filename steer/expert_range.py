@@ -55,7 +55,6 @@ def _check_forced(bias: BiasRouter, anatomy: Anatomy) -> None:
     size = anatomy.experts // anatomy.groups
     groups = Counter(layer for layer, _ in {(layer, expert // size) for layer, expert in bias.force_in})
     forced_in = Counter(layer for layer, _ in bias.force_in)
-    forced_out = Counter(layer for layer, _ in bias.force_out)
     for layer in bias.active_layers:
         if forced_in[layer] > anatomy.chosen:
             raise SteerError(
@@ -69,9 +68,20 @@ def _check_forced(bias: BiasRouter, anatomy: Anatomy) -> None:
                 f"experts of at most {anatomy.chosen_groups} of its {anatomy.groups} groups, from which a token chooses",
                 f"A group is {size} neighbouring experts: force experts of fewer groups in, or add a bias, which only prefers",
             )
-        if anatomy.experts - forced_out[layer] < anatomy.chosen:
+        left = _left(bias, anatomy, layer)
+        if left < anatomy.chosen:
+            where = f", all in {anatomy.chosen_groups} of its {anatomy.groups} groups" if anatomy.groups > 1 else ""
             raise SteerError(
-                f"BiasRouter forces {forced_out[layer]} of {anatomy.experts} experts of layer {layer} out",
-                f"at least the {anatomy.chosen} left that a token chooses",
+                f"BiasRouter forces so many of the {anatomy.experts} experts of layer {layer} out that a token finds {left}",
+                f"at least the {anatomy.chosen} that it chooses{where}",
                 "Force fewer out",
             )
+
+
+def _left(bias: BiasRouter, anatomy: Anatomy, layer: int) -> int:
+    """How many experts that are not forced out a token can find at most: in the groups of those forced in, and the fullest."""
+    size = anatomy.experts // anatomy.groups
+    out = Counter(expert // size for at, expert in bias.force_out if at == layer)
+    home = {expert // size for at, expert in bias.force_in if at == layer}
+    others = sorted((size - out[group] for group in range(anatomy.groups) if group not in home), reverse=True)
+    return sum(size - out[group] for group in home) + sum(others[: anatomy.chosen_groups - len(home)])

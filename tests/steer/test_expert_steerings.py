@@ -184,7 +184,13 @@ WRONG: list[tuple[str, Intervention, tuple[str, ...]]] = [
     ("olmoe", ScaleExperts(((3, 4),), 2.0), ("expert 4 of layer 3", "experts 0 to 3")),
     ("olmoe", BiasRouter(((1, 7, 1.0),)), ("expert 7 of layer 1", "experts 0 to 3")),
     ("olmoe", BiasRouter(force_in=((1, 0), (1, 1), (1, 2))), ("forces 3 experts of layer 1 in", "at most the 2")),
-    ("olmoe", BiasRouter(force_out=((1, 0), (1, 1), (1, 2))), ("3 of 4 experts of layer 1 out", "at least the 2")),
+    (
+        "olmoe",
+        BiasRouter(force_out=((1, 0), (1, 1), (1, 2))),
+        ("4 experts of layer 1 out that a token finds 1", "at least the 2"),
+    ),
+    ("deepseek_v3", BiasRouter(force_out=((1, 0), (1, 2))), ("a token finds 1", "all in 1 of its 2 groups")),
+    ("deepseek_v3", BiasRouter(force_in=((1, 2),), force_out=((1, 3),)), ("a token finds 1", "all in 1 of its 2 groups")),
     ("deepseek_v3", BiasRouter(force_in=((1, 0), (1, 2))), ("2 groups of layer 1", "at most 1 of its 2 groups")),
 ]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import steer
-from steer import Add, Custom, Direction, ProjectOut, SetComponent, SteerError, Steering
+from steer import Add, BiasRouter, Custom, Direction, ProjectOut, ScaleExperts, SetComponent, SteerError, Steering
 from steer.backends import transformer_lens as lens
 from tests.tiny import FAMILIES
 
@@ -126,6 +126,8 @@ def test_the_model_itself_is_not_touched(tiny):
         (lambda d: Add(d, "attn_raw"), "attn_raw"),
         (lambda d: ProjectOut(d, "head_out", heads=((0, 1),)), "head_out"),
         (lambda d: Add(d, "resid_post", phase="thinking"), "thinking"),
+        (lambda d: ScaleExperts(((0, 1),), 2.0), "cannot write router"),
+        (lambda d: BiasRouter(force_in=((0, 1),)), "cannot write router_logits"),
     ],
 )
 def test_what_the_bridge_cannot_do_is_refused_before_it_runs(intervention, words):
