@@ -10,6 +10,29 @@ import typer
 
 from steer.cli.options import Json, Model, Out, Quiet, Seed
 from steer.cli.output import Output
+from steer.cli.probe.choosing import Aim, Floor, Task
+from steer.cli.probe.experts_choosing import (
+    BETAS,
+    CONTROLS,
+    COUNTS,
+    SEEDS,
+    Betas,
+    Choose,
+    Controls,
+    Counts,
+    Grid,
+    PhaseName,
+    Policies,
+    Prompts,
+    Renormalise,
+    Seeds,
+    SteeringFile,
+    SweepPicture,
+    Switches,
+    fit_part,
+    swept,
+    tell,
+)
 from steer.cli.probe.source import From, Picture, drawable, is_summary, refuse_existing, summary_for
 from steer.errors import SteerError
 
@@ -17,6 +40,7 @@ if TYPE_CHECKING:
     from probes.collect.summary import Summary
     from steer.expert_scores import ExpertScores
     from steer.model import SteerableModel
+    from steer.traces import Traces
 
 TURN = "Alternatively"
 """RICE's word for another thought; taken by itself only where the traces hold it."""
@@ -50,6 +74,21 @@ def command(
     correction: Correction = "bh",
     plot: Picture = None,
     volcano: Volcano = None,
+    choose: Choose = False,
+    betas: Betas = BETAS,
+    counts: Counts = COUNTS,
+    aim: Aim = "accuracy",
+    floor: Floor = None,
+    seeds: Seeds = SEEDS,
+    controls: Controls = CONTROLS,
+    prompt: Prompts = None,
+    policy: Policies = None,
+    switch: Switches = None,
+    phase: PhaseName = "all",
+    renormalise: Renormalise = False,
+    task: Task = None,
+    steering: SteeringFile = None,
+    sweep: SweepPicture = None,
     seed: Seed = 0,
     json: Json = False,
     quiet: Quiet = False,
@@ -64,17 +103,26 @@ def command(
     if volcano is not None and not null:
         raise SteerError("--volcano was given with --no-null", "chances to draw", "Leave one of them out")
     named = None if marker is None else _parsed(marker)
-    refuse_existing(out, plot, volcano)
+    grid = Grid(
+        betas, counts, seeds, aim, floor, controls, tuple(prompt or ()), tuple(policy or ()), tuple(switch or ()), phase,
+        renormalise, task, steering, sweep,
+    ).checked(choose)  # fmt: skip
+    refuse_existing(out, plot, volcano, steering, sweep)
     opened = open_subject(model)
     _require_experts(opened)
-    markers, summary = _read(opened, source, named, output)
+    run, read = (None, source) if grid is None else fit_part(opened, source, seed)
+    markers, summary = _read(opened, read, named, output)
     scores = expert_scores(
         summary, markers, method=method, resamples=resamples, null=null, correction=correction, seed=seed, model=opened
     )
+    found = None if grid is None or run is None else swept(grid, opened, scores, run, seed, output)
     scores.save(out)
     top = min(top, len(scores.ranked))
     _draw(scores, top, plot, volcano)
-    _tell(scores, out, top, output)
+    told = _told_scores(scores, out, top, output)
+    if found is not None and grid is not None:
+        told["sweep"] = tell(found, grid, model, output)
+    output.result(told)
 
 
 def _parsed(texts: list[str]) -> dict[str, float]:
@@ -103,7 +151,7 @@ def _require_experts(model: SteerableModel) -> None:
 
 
 def _read(
-    model: SteerableModel, source: Path, named: Mapping[str, float] | None, output: Output
+    model: SteerableModel, source: Path | Traces, named: Mapping[str, float] | None, output: Output
 ) -> tuple[dict[str, float], Summary]:
     """Return the markers and the summary that counts them, made now where the source is a run."""
     from probes.collect.summary import Summary
@@ -120,7 +168,11 @@ def _read(
         output.remark(f"{TURN!r} is no word of this model's tokenizer, so it is no marker.")
         return markers, summary_for(model, source, (), "", output, [recorder_for(markers)])
     summary = summary_for(model, source, (), "", output, [recorder_for(with_turn)])
-    if is_summary(source) and f"router.count/{span_of(TURN)}" not in Summary.load(source).quantities:
+    if (
+        isinstance(source, Path)
+        and is_summary(source)
+        and f"router.count/{span_of(TURN)}" not in Summary.load(source).quantities
+    ):
         output.remark(f"The summary does not count {TURN!r}, so it is no marker.")
         return markers, summary
     held = occurrences(summary, TURN)
@@ -139,7 +191,7 @@ def _draw(scores: ExpertScores, top: int, plot: Path | None, volcano: Path | Non
             scores.volcano(scores.top(min(top, 5))).savefig(partial, format=volcano.suffix[1:] or "png")
 
 
-def _tell(scores: ExpertScores, out: Path, top: int, output: Output) -> None:
+def _told_scores(scores: ExpertScores, out: Path, top: int, output: Output) -> dict[str, Any]:
     rows = [_told(row) for row in scores.rows()[:top]]
     cells = [[_cell(value) for value in row.values()] for row in rows]
     title = f"{out}: {scores.method} of {scores.formula}, {len(scores.ranked)} experts of {len(scores.layers)} layers, {scores.tokens} tokens"
@@ -156,19 +208,17 @@ def _tell(scores: ExpertScores, out: Path, top: int, output: Output) -> None:
         {"text": marker.text, "weight": marker.sign, "tokens": marker.marked, "ids": marker.variants, "written": marker.written}
         for marker in scores.markers
     ]  # fmt: skip
-    output.result(
-        {
-            "scores": out,
-            "method": scores.method,
-            "tokens": scores.tokens,
-            "markers": markers,
-            "experts": rows,
-            "ties": ties,
-            "significant": found,
-            "scored": len(scores.ranked),
-            "fingerprint": scores.fingerprint,
-        }
-    )
+    return {
+        "scores": out,
+        "method": scores.method,
+        "tokens": scores.tokens,
+        "markers": markers,
+        "experts": rows,
+        "ties": ties,
+        "significant": found,
+        "scored": len(scores.ranked),
+        "fingerprint": scores.fingerprint,
+    }
 
 
 def _told(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from probes.collect.recorders import Recorder
     from probes.collect.summary import Summary
     from steer.model import SteerableModel
+    from steer.traces import Traces
 
 From = Annotated[
     Path, typer.Option("--from", show_default=False, help="A run (it is read now) or a summary of `steer collect`.")
@@ -47,7 +48,7 @@ def is_summary(source: Path) -> bool:
 
 def summary_for(
     model: SteerableModel,
-    source: Path,
+    source: Path | Traces,
     sites: Sequence[str],
     span: str,
     output: Output,
@@ -57,7 +58,7 @@ def summary_for(
 
     Args:
         model: that reads the run, or that the summary must belong to.
-        source: a summary or a run.
+        source: a summary or a run; a run's traces, too.
         sites: what a run is read for, with `span`.
         span: positions that are averaged.
         output: where progress and remarks go.
@@ -69,7 +70,7 @@ def summary_for(
     from probes.collect.run import collect
     from probes.collect.summary import Summary
 
-    if is_summary(source):
+    if isinstance(source, Path) and is_summary(source):
         summary = Summary.load(source)
         summary.check_model(model.identity)
         return summary
