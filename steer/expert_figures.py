@@ -82,8 +82,17 @@ def volcano(
     points: dict[tuple[float, float], list[str]] = {}
     for place, text in named.items():
         points.setdefault((float(scores[place]), float(heights[place])), []).append(text)
-    for point, texts in points.items():
-        axes.annotate(", ".join(texts), point, xytext=(0, 5), textcoords="offset points", fontsize=8, ha="center")
+    for number, (point, texts) in enumerate(
+        sorted(points.items())
+    ):  # In turn near and far, so that neighbours are read.
+        axes.annotate(
+            ", ".join(texts),
+            point,
+            xytext=(0, 4 + 10 * (number % 2)),
+            textcoords="offset points",
+            fontsize=8,
+            ha="center",
+        )
     axes.xaxis.set_major_locator(AutoLocator())
     axes.set(xlabel="score", ylabel="−log10 p", title=title)
     axes.margins(x=0.1, y=0.1)
