@@ -39,6 +39,7 @@ MIXTURE_BANDS: Final[dict[str, Band]] = {
     "short": (0.15, 0.45),
     "closed": (0.98, 1.0),
     "other pairs, largest change of accuracy, 0 to 4": (0.0, 0.08),
+    "other pairs, largest change of length, 0 to 4": (0.0, 4.0),
 }
 """Figures of both mixtures; in the twin every pair is an other pair."""
 PLANTED_BANDS: Final[dict[str, Band]] = {
@@ -115,12 +116,18 @@ def mixture_figures(measured: Mapping[str, Any], planting: Planting | None) -> d
     """The figures of `mixture_bands` in what `routing.measure` found."""
     scaling = measured["scaling"]
     figures = {name: measured["natural"][name] for name in ("accuracy", "short", "closed")}
-    figures["other pairs, largest change of accuracy, 0 to 4"] = max(
-        abs(row["accuracy_change"][1])
+    others = [
+        row
         for name, sweep in scaling.items()
         for beta, row in sweep["by_beta"].items()
         if beta <= UP_TO and not (planting and name == FIRST)
-    )
+    ]
+    changes = {
+        "accuracy": [row["accuracy_change"][1] for row in others],
+        "length": [row["length"] - measured["natural"]["length"] for row in others],
+    }
+    for what, found in changes.items():
+        figures[f"other pairs, largest change of {what}, 0 to 4"] = max(abs(change) for change in found)
     if planting:
         rows, ranked = scaling[FIRST]["by_beta"], measured["npmi"]["<think>"]
         planted = [row["score"] for row in ranked if tuple(row["expert"]) in planting.experts]
