@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -29,7 +30,7 @@ from benchmarks.measure import Work, below, compare, resident, tell, timed
 from benchmarks.span_means import plain
 from benchmarks.steered_generation import prompt_text
 from benchmarks.subject import BUNDLED
-from benchmarks.worker import EVERY, ROOT
+from benchmarks.worker import EVERY, GIVE_BACK, ROOT
 from probes.collect.run import collect
 from probes.collect.summary import Summary
 from probes.experts import expert_scores, from_routed, recorder_for
@@ -122,7 +123,7 @@ def scores_of(count: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         large_summary(Path(folder) / "summary", count)
         command = [sys.executable, "-m", "benchmarks.experts", "--scores", str(Path(folder) / "summary")]
-        told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        told = subprocess.run(command, cwd=ROOT, env=os.environ | GIVE_BACK, capture_output=True, text=True, check=True)
     return {"traces": count, **json.loads(told.stdout)}
 
 
