@@ -190,7 +190,11 @@ WRONG: list[tuple[str, Intervention, tuple[str, ...]]] = [
         ("4 experts of layer 1 out that a token finds 1", "at least the 2"),
     ),
     ("deepseek_v3", BiasRouter(force_out=((1, 0), (1, 2))), ("a token finds 1", "all in 1 of its 2 groups")),
-    ("deepseek_v3", BiasRouter(force_in=((1, 2),), force_out=((1, 3),)), ("a token finds 1", "all in 1 of its 2 groups")),
+    (
+        "deepseek_v3",
+        BiasRouter(force_in=((1, 2),), force_out=((1, 3),)),
+        ("a token finds 1", "all in 1 of its 2 groups"),
+    ),
     ("deepseek_v3", BiasRouter(force_in=((1, 0), (1, 2))), ("2 groups of layer 1", "at most 1 of its 2 groups")),
 ]
 
