@@ -43,7 +43,7 @@ class ScalingOptions:
     fit_seeds: tuple[int, ...] = (50,)
     betas: tuple[float, ...] = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 16.0, 64.0)
     control_betas: tuple[float, ...] = (0.0, 0.25, 1.0, 4.0, 16.0, 64.0)
-    random_pairs: int = 2
+    random_pairs: int = 1
     resamples: int = 2000
 
 
