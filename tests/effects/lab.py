@@ -47,10 +47,11 @@ def asked(card: dict[str, Any], verb: str, span: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Lab:
-    """Runs and probes of the organism, each made once.
+    """Runs and probes of an organism, each made once.
 
     Attributes:
         folder: for run folders; absolute, and no checkout.
+        organism: its name; layers, coefficients and heads are asked of `chain` alone.
         runs: by name, those that were made.
 
     Raises:
@@ -58,6 +59,7 @@ class Lab:
     """
 
     folder: Path
+    organism: str = "chain"
     runs: dict[str, Run] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -67,7 +69,7 @@ class Lab:
     @cached_property
     def model(self) -> SteerableModel:
         """The specimen."""
-        return steer.load("organism:chain")
+        return steer.load(f"organism:{self.organism}")
 
     @property
     def card(self) -> dict[str, Any]:
