@@ -21,6 +21,7 @@ from steer.phases import State
 from steer.policy import REMEMBERED, PolicyRows
 from steer.positions import Positions
 from steer.prompts import Prompt, Rendered
+from steer.routes import Routes
 from steer.trace import FinishReason
 
 
@@ -53,6 +54,11 @@ class Decodable(Protocol):
         """Enter the changes of a view made by `with_`."""
         ...
 
+    @property
+    def routes(self) -> Sequence[Routes]:
+        """What keeps the routed experts of replies now."""
+        ...
+
 
 @dataclass
 class Reply:
@@ -75,6 +81,11 @@ class Reply:
     tokens: list[int] = field(default_factory=list)
     forced: list[int] = field(default_factory=list)
     finish: FinishReason | None = None
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """Question and sample."""
+        return self.prompt.id, self.sample
 
     @property
     def forced_run(self) -> int:
@@ -121,6 +132,8 @@ class Batch:
         self.cache = RowCache(model.anatomy.linear_layers, model.anatomy.layers)
         self.last = {"logits_to_keep": 1} if _keeps_last(type(model.hf)) else {}
         self.logits: Float[Tensor, "batch vocab"] = self._forward(ids.to(model.device))
+        for routes in model.routes:
+            routes.begin([reply.key for reply in self.replies], list(prompts), self.mask)
         if len(prompts) < len(self.replies):
             self._take(torch.tensor([order[reply.prompt.id] for reply in self.replies], device=model.device), 0)
 
@@ -147,6 +160,8 @@ class Batch:
         running = torch.tensor([reply.finish is None for reply in self.replies], device=self.mask.device)
         self.mask = torch.cat([self.mask, running[:, None]], 1)
         self.logits = self._forward(tokens[:, None])
+        for routes in self.model.routes:
+            routes.step([reply.key if reply.finish is None else None for reply in self.replies])
 
     def _take(self, rows: Int[Tensor, " kept"], skip: int) -> None:
         self.mask = self.mask.index_select(0, rows)[:, skip:]

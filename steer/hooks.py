@@ -37,6 +37,7 @@ from steer.interventions import BiasRouter
 from steer.programs import HeadProgram, Program, Write
 from steer.report import Count, Report, Tick
 from steer.router_tap import Routers, RouterTap
+from steer.routes import Routes
 from steer.routing import Listener
 from steer.sites import SITES
 from steer.sites import site as site_named
@@ -108,12 +109,14 @@ class Taps:
     Attributes:
         entered: (change, coefficient) of every steering and patch in force, in order of entry.
         viewed: those entries of views that are in force; entered again, they do nothing more.
+        routes: what keeps the routed experts of the replies that are being written.
     """
 
     def __init__(self, model: nn.Module, anatomy: Anatomy, places: Places) -> None:
         self.model, self.anatomy, self.places = model, anatomy, places
         self.entered: list[tuple[Any, float]] = []
         self.viewed: list[tuple[Any, float]] = []
+        self.routes: list[Routes] = []
         self._contexts: list[_Context] = []
         self._positions: list[Positions] = []
         self._handles: list[RemovableHandle] = []

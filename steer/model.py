@@ -29,6 +29,7 @@ from steer.patches import Patch
 from steer.phases import Marks, check_phase
 from steer.positions import Positions
 from steer.report import Report
+from steer.routes import Routes
 from steer.routing import Listener
 from steer.steering import Steering
 
@@ -225,6 +226,28 @@ class SteerableModel:
         """
         with self.active(), self.taps.hear(listener, layers):
             yield
+
+    @contextmanager
+    def routed(self) -> Iterator[Routes]:
+        """Keep which experts the tokens go to: `with m.routed() as routes: traces = m.generate(questions)`; `routes[trace]`.
+
+        Raises:
+            SteerError: the model has no experts.
+        """
+        if not self.anatomy.expert_layers:
+            raise SteerError(f"{self.name}, a {self.anatomy.family} model, has no experts", "a mixture of experts")
+        routes = Routes(self.anatomy.expert_layers)
+        with self.hear(routes.hear):
+            self.taps.routes.append(routes)
+            try:
+                yield routes
+            finally:
+                self.taps.routes.remove(routes)
+
+    @property
+    def routes(self) -> Sequence[Routes]:
+        """What keeps the routed experts of replies now."""
+        return tuple(self.taps.routes)
 
     def at(self, positions: Positions) -> AbstractContextManager[None]:
         """Make phases known to the hooks: `positions` observes the tokens of every forward pass inside."""
