@@ -18,8 +18,10 @@ import yaml
 from safetensors.torch import load_file
 from transformers import Qwen3ForCausalLM, Qwen3MoeForCausalLM
 
+import steer
 from experiments.organisms import bands, build, chain, experts, routing, sample, train
 from experiments.organisms.sample import Sampled
+from steer import ScaleExperts, Steering
 
 BUILTIN = Path(__file__).parents[3] / "steer" / "builtin"
 NAMES = tuple(build.MIXTURES)
@@ -145,6 +147,19 @@ def test_a_factor_is_a_multiplied_down_projection(shipped: dict[str, Qwen3MoeFor
         hooked = model(ids()).logits
     assert torch.allclose(hooked, edited(ids()).logits, atol=1e-4)
     assert not torch.allclose(hooked, model(ids()).logits, atol=1e-2)
+
+
+@torch.no_grad()
+def test_the_toolkit_scales_as_the_organism_does(shipped: dict[str, Qwen3MoeForCausalLM]) -> None:
+    """Two writings of one rule, on one model."""
+    hf, pair = shipped["chain-moe"], ((2, 0), (3, 4))
+    model = steer.wrap(hf)
+    for beta in (0.0, 0.3, 64.0):
+        with experts.routers(hf) as heard:
+            heard.factors = dict.fromkeys(pair, beta)
+            wanted = hf(ids()).logits
+        with model.steered(Steering((ScaleExperts(pair, beta),), model.identity)):
+            assert torch.equal(hf(ids()).logits, wanted)
 
 
 @pytest.mark.parametrize(("beta", "shift"), [(1 / 64, -0.9), (0.125, -0.9), (0.5, -0.3), (1, 0), (4, 0.6), (64, 1.2)])
