@@ -27,7 +27,7 @@ check: setup ## style, types, import rules
 	@$(BIN)/lint-imports --no-logo 
 
 bench: setup ## the numbers of docs/status.md, as JSON
-	@for program in startup span_means probes steered_generation replies edits; do $(BIN)/python -m benchmarks.$$program || exit 1; done
+	@for program in startup span_means probes experts steered_generation replies edits; do $(BIN)/python -m benchmarks.$$program || exit 1; done
 
 # The browser lane looks at the report. As root a missing browser is installed once; else the lane says why it is skipped.
 browser: setup
