@@ -30,7 +30,7 @@ from experiments.expert_sweep_asking import (
     place_of_first,
     scaled,
 )
-from experiments.expert_sweep_result import Answered, ExpertSweep
+from experiments.expert_sweep_result import CHOSEN, Answered, ExpertSweep
 from experiments.tasks.task import Task
 from probes.choose import SHARES, parts
 from probes.collect.plan import traces_hash
@@ -117,7 +117,8 @@ def expert_sweep(
     drawn = [found.random(len(named), seed + number, named) for number in range(1, controls + 1)]
     band = [scaled(f"random {n}", each, beta) for n, each in enumerate(drawn, 1) for beta in betas]
     beside, _ = job.measured([PLAIN, *band, *cheaper], cut[1], plain)
-    rows = best_of_each(cheaper, beside[1 + len(band) :], aim)
+    shown = [each for each in beside[1:] if each.experts]
+    rows = best_of_each(cheaper, beside[1 + len(shown) :], aim)
     if chosen:
         others, short = _others(found, tried[chosen], drawn, seed)
         rows, missing = [*others, *rows], [*missing, *short]
@@ -128,14 +129,14 @@ def expert_sweep(
         chosen=chosen,
         floor=least,
         aim=aim,
-        band=tuple(beside[1 : 1 + len(band)]),
-        baselines=tuple(beside[1 + len(band) :]),
+        band=tuple(shown),
+        baselines=tuple(beside[1 + len(shown) :]),
         report=tuple(report),
         beyond=others_less,
         against=cheaper_less,
         questions=(len(cut[0]), len(cut[1]), len(cut[2])),
         seeds=seeds,
-        remarks=(*remarks, *missing),
+        remarks=(*remarks, *missing, *job.broken),
         phase=phase,
         renormalise=renormalise,
         model=model.identity,
@@ -192,7 +193,7 @@ def _check_counts(scores: ExpertScores, counts: Sequence[int], controls: int) ->
 def _others(scores: ExpertScores, best: Answered, drawn: Sequence[tuple[Expert, ...]], seed: int) -> tuple[list[Asked], list[str]]:  # fmt: skip
     """Return the chosen experts and the controls, all at the chosen beta, and what is missing."""
     matched, short = matched_draws(scores, best.experts, len(drawn), seed)
-    sets = {"chosen": best.experts}
+    sets = {CHOSEN: best.experts}
     sets |= {f"random {n}": each for n, each in enumerate(drawn, 1)}
     sets |= {f"matched {n}": each for n, each in enumerate(matched, 1)}
     return [scaled(name, each, best.beta) for name, each in sets.items()], short
@@ -204,7 +205,7 @@ def _differences(report: Sequence[Answered], tables: Sequence[Answers], options:
     others = [table for name, table in by_name.items() if name.startswith(("random", "matched"))]
 
     def less(others: Sequence[Answers]) -> Figures:
-        return {name: beyond(by_name["chosen"], others, name, **options) for name in others[0].columns}
+        return {name: beyond(by_name[CHOSEN], others, name, **options) for name in others[0].columns}
 
-    cheaper = [name for name in ("prompt", "decoding") if name in by_name and "chosen" in by_name]
+    cheaper = [name for name in ("prompt", "decoding") if name in by_name and CHOSEN in by_name]
     return less(others) if others else None, {name: less([by_name[name]]) for name in cheaper}

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from experiments.again import Again
-from experiments.expert_sweep_result import UNSTEERED, Answered
+from experiments.expert_sweep_result import CHOSEN, UNSTEERED, Answered
 from experiments.think_policies import MinimumThinking, SwitchPenalty, ThinkingBudget
 from experiments.think_policies.switching import WORDS, spellings
 from probes.compared import DROP, Answers, answers, first, plain_columns
@@ -17,6 +17,7 @@ from probes.text import MARKERS, text_signals
 from steer.expert_interventions import Expert, ScaleExperts
 from steer.expert_scores import ExpertScores
 from steer.policy import Policy
+from steer.sampling import BrokenLogitsError
 from steer.steering import Steering
 from steer.trace import Trace
 from steer.traces import Traces
@@ -69,6 +70,7 @@ class Job:
         phase, renormalise: of the scaling.
         options: of the intervals.
         tell: told after every model how many replies there were.
+        broken: what could not be asked; it grows.
     """
 
     model: SteerableModel
@@ -78,6 +80,7 @@ class Job:
     renormalise: bool
     options: Mapping[str, int]
     tell: Tell | None
+    broken: list[str] = field(default_factory=list)
 
     def ask(self, asked: Asked, items: Iterable[str], samples: int | None) -> list[Trace]:
         """Return graded replies."""
@@ -95,19 +98,27 @@ class Job:
     ) -> tuple[list[Answered], list[Answers]]:
         """Ask every model and compare it with the unsteered one, which stands first.
 
+        A scaling under which the logits are no numbers is left out and noted in `broken`; the chosen one is an error.
+
         Args:
             rows: whom.
             items: which questions.
             plain: replies of the unsteered model that are there; None: it is asked.
             samples: replies to each question; None: as many as the run has.
         """
-        items = sorted(items)
-        runs = {place: self.ask(row, items, samples) for place, row in enumerate(rows) if place or plain is None}
-        if plain is not None:
-            runs[0] = list(plain)
-        tables = answers(runs, self._columns)
-        found = [self._answered(row, tables[place], tables[0]) for place, row in enumerate(rows)]
-        return found, [tables[place] for place in range(len(rows))]
+        items, asked, runs = sorted(items), list[Asked](), list[list[Trace]]()
+        for place, row in enumerate(rows):
+            try:
+                runs.append(self.ask(row, items, samples) if place or plain is None else list(plain))
+            except BrokenLogitsError:
+                if not row.experts or row.name == CHOSEN:
+                    raise
+                self.broken.append(f"{row.told} breaks the model: its logits are no numbers.")
+                continue
+            asked.append(row)
+        tables = answers(dict(enumerate(runs)), self._columns)
+        found = [self._answered(row, tables[place], tables[0]) for place, row in enumerate(asked)]
+        return found, [tables[place] for place in range(len(asked))]
 
     def _answered(self, row: Asked, table: Answers, plain: Answers) -> Answered:
         means, changes = table.means(**self.options), table.changes(plain, **self.options)

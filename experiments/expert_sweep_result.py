@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 FIGURES = ("accuracy", "length", "closed", "thoughts", "repetition")
 """Share of right replies; tokens of thought; share of thoughts that end; thoughts and share of repeated n-grams, both of
 `probes.text`."""
-UNSTEERED = "unsteered"
+UNSTEERED, CHOSEN = "unsteered", "chosen"
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class ExpertSweep:
             f"({_told(told.changes['accuracy'], sign=True)}), length {_told(told.means['length'], 1)} "
             f"({_told(told.changes['length'], 1, sign=True)})."
         )
-        return choice, effect, self.verdict, *self._against(), *self.remarks
+        return choice, effect, self.verdict, *self._harm(), *self._against(), *self.remarks
 
     @property
     def verdict(self) -> str:
@@ -149,6 +149,17 @@ class ExpertSweep:
         return self._compared(
             self.beyond, f"other experts at the same beta ({others} sets of {len(self.best.experts)})"
         )
+
+    def _harm(self) -> list[str]:
+        """Say where the controls do harm by themselves, which makes the chosen experts look better beside them."""
+        changes = [each.changes["accuracy"] for each in self.report if each.name.startswith(("random", "matched"))]
+        if not changes or not all(each.high is not None and each.high < 0 for each in changes):
+            return []
+        mean = sum(each.value or 0.0 for each in changes) / len(changes)
+        return [
+            f"At this beta every one of these other sets loses accuracy ({mean:+.3f} on average), so much of that difference is "
+            "their harm: read the change against the unsteered model, and the other sets at smaller betas."
+        ]
 
     def _against(self) -> list[str]:
         told = {each.name: f"the {'prompt' if each.name == 'prompt' else 'policy'} {each.told}" for each in self.report}

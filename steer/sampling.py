@@ -24,6 +24,10 @@ from steer.identity import canonical
 _HEAD = 1024  # Tokens looked at first for top-p; the whole vocabulary is sorted only where they do not suffice.
 
 
+class BrokenLogitsError(SteerError):
+    """The model returned logits that are no numbers, so nothing can be sampled."""
+
+
 @dataclass(frozen=True)
 class Sampling:
     """Options of the sampler, applied in this order: temperature, top-k, top-p.
@@ -89,11 +93,11 @@ def choose(
         sampling: the options; `max_new_tokens` plays no part.
 
     Raises:
-        SteerError: logits that are no numbers, or rows without any possible token.
+        BrokenLogitsError: logits that are no numbers, or rows without any possible token.
     """
     top = logits.amax(-1)
     if not bool(torch.isfinite(top).all()):
-        raise SteerError(
+        raise BrokenLogitsError(
             "the model returned logits that are not numbers",
             "finite logits",
             "A steering that is too strong does this, in fp16 most easily; try a smaller coefficient",

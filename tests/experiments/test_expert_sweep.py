@@ -204,6 +204,15 @@ def test_where_nothing_differs_nothing_is_chosen(model: SteerableModel, run: Tra
     drawn(sweep.plot())
 
 
+def test_a_scaling_that_breaks_the_model_is_left_out_and_told(model: SteerableModel, run: Traces) -> None:
+    """1e38 times an expert is more than float32 holds."""
+    options: dict[str, Any] = {**SMALL, "betas": (2.0, 3e38), "counts": (1,), "policies": (), "task": Words()}
+    sweep = expert_sweep(model, scores(), run, aim="longer", floor=0.0, **options)
+    assert [row.beta for row in (*sweep.tried, *sweep.band)] == [1.0, 2.0, 2.0]
+    told = [remark for remark in sweep.remarks if "breaks the model" in remark]
+    assert len(told) == 2 and "1 expert × 3e+38: (1, 1)" in told[0]
+
+
 def test_it_is_decided_by_the_seed(model: SteerableModel, run: Traces) -> None:
     options: dict[str, Any] = {**SMALL, "counts": (1,), "task": Words(), "policies": (), "aim": "longer"}
     one, again, other = (
@@ -238,6 +247,15 @@ def test_the_verdict_is_that_of_the_interval(sweep: ExpertSweep, aim: str, low: 
     verdict = replace(sweep, aim=aim, beyond=beyond).verdict
     assert word in verdict and "1 random and 1 matched" in verdict and "length" in verdict
     assert "nobody can say" in replace(sweep, beyond=None).verdict
+
+
+def test_controls_that_do_harm_are_told(sweep: ExpertSweep) -> None:
+    """A difference from models that are broken is no gain."""
+    for low, high, expected in ((-0.8, -0.6, True), (-0.8, 0.1, False)):
+        change = steer.intervals.Interval(-0.7, low, high)
+        report = [replace(row, changes={**row.changes, "accuracy": change}) if row.name[:6] in ("random", "matche") else row for row in sweep.report]  # fmt: skip
+        told = " ".join(replace(sweep, report=tuple(report)).sentences())
+        assert ("their harm" in told and "-0.700 on average" in told) == expected
 
 
 def test_policies_for_an_aim(model: SteerableModel, run: Traces) -> None:
