@@ -110,7 +110,7 @@ def expert_sweep(
     job = Job(model, again, tuple(switches), phase, renormalise, options, tell)
     plain = [trace for trace in taken if trace.item in cut[1]]
     cheaper, missing = baselines(job, plain, prompts, policies, aim)
-    points = [scaled("", found.top(count), beta) for count in counts for beta in betas]
+    points = [scaled("tried", found.top(count), beta) for count in counts for beta in betas]
     tried, _ = job.measured([PLAIN, *points], cut[1], plain)
     chosen, least = place_of_first(tried, aim, floor)
     named = tried[chosen].experts or found.top(counts[-1])

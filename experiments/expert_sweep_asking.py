@@ -52,11 +52,11 @@ PLAIN = Asked(UNSTEERED, UNSTEERED)
 
 
 def scaled(name: str, experts: Sequence[Expert], beta: float) -> Asked:
-    """Return a model with some experts scaled; without a name it is called what it is."""
+    """Return a model with some experts scaled."""
     ordered = tuple(sorted(experts))
     listed = ", ".join(f"({layer}, {expert})" for layer, expert in ordered)
     told = f"{len(ordered)} expert{'s' * (len(ordered) != 1)} × {beta:g}: {listed}"
-    return Asked(name or told, told, ordered, beta)
+    return Asked(name, told, ordered, beta)
 
 
 @dataclass(frozen=True)

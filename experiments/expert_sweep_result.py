@@ -29,7 +29,7 @@ class Answered:
     """What one model did on some questions.
 
     Attributes:
-        name: "unsteered", "chosen", "random 1", "matched 1", "prompt", "decoding", or what a point of the grid is.
+        name: "unsteered", "tried", "chosen", "random 1", "matched 1", "prompt" or "decoding".
         told: the text of a prompt, the name of a policy, or the experts and beta in words.
         experts: that were scaled; none for an unsteered model.
         beta: by which; 1 for an unsteered model.
