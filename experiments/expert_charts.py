@@ -136,7 +136,9 @@ def score_rows(scores: ExpertScores, shown: int = 8) -> list[dict[str, str]]:
         rows.append(
             {
                 "expert": f"{expert[0]}.{expert[1]}",
-                "score": expert_wording.score(scores, expert).replace(f"95{wording.SPACE}% interval ", ""),
+                "score": expert_wording.score(scores, expert)
+                .replace(f"95{wording.SPACE}% interval ", "")
+                .replace(" ", wording.SPACE),
                 "q": chance(told.get("q_value")),
                 "share": wording.percent(told["share"]),
                 **{f"at {each.text}": wording.percent(told[f"share of {each.text}"]) for each in scores.markers},

@@ -140,8 +140,8 @@ def twin(result: ExpertDemoResult) -> str:
     betas = [beta for beta in found.betas if beta != 1]
     clear_ones = set(discovered(scores, result.plan.level)) & {*found.experts}
     said = [
-        f"{result.twin.model} was trained alike, with nothing planted. Its own first {len(found.experts)},"
-        f" {_scored(scores, found.experts)}, {_pass(len(clear_ones), len(found.experts))} the same false-discovery rate.",
+        f"{result.twin.model} was trained alike, with nothing planted. By the same score its own best are"
+        f" {_scored(scores, found.experts)}; they {_pass(len(clear_ones), len(found.experts))} the same false-discovery rate.",
         _changes(result, found, betas),
     ]
     better = [f"{beta:g}" for beta in betas if (result.change(found, beta).accuracy.low or 0) > 0]

@@ -151,7 +151,7 @@ def test_chances_are_written_as_far_as_they_are_known():
     assert [expert_charts.chance(value) for value in (0.0312, 1e-9, 1.0, None)] == ["0.031", "below 0.001", "1.000", "not known"]  # fmt: skip
     table = expert_charts.score_rows(scores())
     assert table[0] == {
-        "expert": "3.1", "score": "2.00 (1.95 to 2.05)", "q": "below 0.001", "share": "2\u00a0%",
+        "expert": "3.1", "score": "2.00\u00a0(1.95\u00a0to\u00a02.05)", "q": "below 0.001", "share": "2\u00a0%",
         "at <think>": "50\u00a0%", "at </think>": "0\u00a0%",
     }  # fmt: skip
 
