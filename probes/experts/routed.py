@@ -56,14 +56,13 @@ def from_routed(
         out: folder to write; None keeps the summary in memory.
 
     Raises:
-        SteerError: no traces, another number of arrays, ids of another shape, outside the experts or twice at one token,
-            or `out` exists.
+        SteerError: no traces, another number of arrays, layers that do not increase, ids of another shape, outside the
+            experts or twice at one token, traces that chose different numbers of experts, or `out` exists.
     """
     spans = recorder_for(markers).spans
     found: dict[str, tuple[Row, dict[str, torch.Tensor]]] = {}
     given, arrays, tokens = list(traces), list(routed), 0
-    if not given or len(given) != len(arrays):
-        raise SteerError(f"{len(given)} traces were given with {len(arrays)} arrays of routed experts", "one array per trace, at least one")  # fmt: skip
+    _check_given(given, arrays, layers)
     for trace, ids in zip(given, arrays, strict=True):
         chosen = _chosen(trace, np.asarray(ids), layers, experts)
         tokens += len(chosen)
@@ -88,6 +87,16 @@ def from_routed(
     return summary if folder is None else summary.finish(folder)
 
 
+def _check_given(given: Sequence[Trace], arrays: Sequence[NDArray[Any]], layers: Sequence[int]) -> None:
+    if not given or len(given) != len(arrays):
+        raise SteerError(f"{len(given)} traces were given with {len(arrays)} arrays of routed experts", "one array per trace, at least one")  # fmt: skip
+    if any(before >= layer for before, layer in zip((-1, *layers), layers, strict=False)):
+        raise SteerError(f"the layers {list(layers)} were given", "the model's layer numbers, increasing", "Name those with experts")  # fmt: skip
+    numbers = sorted({np.shape(ids)[-1] for ids in arrays if np.ndim(ids) == 3})
+    if len(numbers) > 1:
+        raise SteerError(f"tokens of these traces chose {numbers} experts", "the same number for every token", "Give arrays of one model")  # fmt: skip
+
+
 def _chosen(trace: Trace, ids: NDArray[Any], layers: Sequence[int], experts: int) -> NDArray[np.bool_]:
     """Return (token, layer, expert), whether it was chosen."""
     lengths = (len(trace.tokens), len(trace.tokens) - 1)
@@ -97,6 +106,8 @@ def _chosen(trace: Trace, ids: NDArray[Any], layers: Sequence[int], experts: int
             f"({lengths[0]} or {lengths[1]} tokens, {len(layers)} layers, chosen experts)",
             "Give the experts of prompt and reply, for the layers that are named",
         )
+    if not ids.size:
+        return np.zeros((*ids.shape[:2], experts), dtype=bool)  # Nothing was read of a trace of one token.
     if not np.issubdtype(ids.dtype, np.integer) or ids.min() < 0 or ids.max() >= experts:
         raise SteerError(
             f"the routed experts of trace {trace.id!r} go from {ids.min()} to {ids.max()}",

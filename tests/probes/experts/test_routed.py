@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -111,3 +112,22 @@ def test_every_trace_needs_its_array(tmp_path: Path) -> None:
     (tmp_path / "s").mkdir()
     with pytest.raises(SteerError, match="exists already"):
         from_routed(given, ids, (1, 3), experts=16, tokenizer=tiny.tokenizer(), model=made.identity(), markers={"so": 1}, out=tmp_path / "s")  # fmt: skip
+
+
+def test_arrays_that_do_not_fit_each_other_are_refused() -> None:
+    """One trace that chose one expert a token and one that chose three would pass for two that chose two."""
+    given = [replace(trace, id=str(at)) for at, trace in enumerate(traces(0)[:1] * 2)]
+    [ids] = routed(given[:1], 0, chosen=3)
+    with pytest.raises(SteerError, match=r"chose \[1, 3\] experts"):
+        summary(given, [ids, ids[:, :, :1]], {"<think>": 1.0})
+    with pytest.raises(SteerError, match=r"layers \[3, 1\] were given.*increasing"):
+        from_routed(given, [ids, ids], (3, 1), experts=16, tokenizer=tiny.tokenizer(), model=made.identity())
+
+
+def test_a_trace_of_one_token_may_have_no_rows() -> None:
+    given = traces(0)[:2]
+    given[0] = replace(given[0], prompt_token_ids=given[0].prompt_token_ids[:1], completion_token_ids=())
+    ids = routed(given, 0)
+    found = summary(given, [ids[0][:0], ids[1]], {"<think>": 1.0})
+    assert found.meta["traces"]["tokens"] == len(given[1].tokens)
+    assert expert_scores(found, {"<think>": 1.0}, resamples=0).tokens == len(given[1].tokens)
