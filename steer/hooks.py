@@ -32,6 +32,7 @@ from torch.utils.hooks import RemovableHandle
 
 from steer.anatomy.modules import LayerPlaces, Places
 from steer.anatomy.resolve import Anatomy
+from steer.compiled import compiled, refuse_compiled
 from steer.errors import SteerError
 from steer.interventions import BiasRouter
 from steer.programs import HeadProgram, Program, Write
@@ -354,7 +355,7 @@ class Taps:
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before every forward pass of the backbone: find out who is where."""
-        if _compiled(self.model):
+        if compiled(self.model):
             refuse_compiled(self.model)
         ids = args[0] if args else kwargs.get("input_ids")
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
@@ -480,22 +481,3 @@ def on_output(value: Value) -> Callable[[nn.Module, tuple[Any, ...], Any], Any]:
         return value(output)
 
     return hook
-
-
-def _compiled(model: nn.Module) -> bool:
-    return getattr(model, "_compiled_call", None) is not None or getattr(model, "_compiled_call_impl", None) is not None
-
-
-def refuse_compiled(model: nn.Module) -> None:
-    """Refuse a model that torch.compile has seen: it would silently ignore hooks that are added later.
-
-    Raises:
-        SteerError: the model, or a part of it, is compiled.
-    """
-    for name, module in model.named_modules():
-        if _compiled(module) or hasattr(module, "_orig_mod"):
-            raise SteerError(
-                f"{'the module ' + name if name else 'the model'} is compiled, and compiled code ignores hooks that are added after compilation",
-                "an uncompiled model",
-                "Load it again without torch.compile; with Hugging Face's generate pass disable_compile=True",
-            )

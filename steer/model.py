@@ -21,8 +21,9 @@ from steer.anatomy.record import Record, read_record
 from steer.anatomy.resolve import Anatomy, resolve
 from steer.anatomy.selfcheck import self_check as check_model
 from steer.capture import Capture
+from steer.compiled import refuse_compiled
 from steer.errors import SteerError
-from steer.hooks import Reader, Taps, Wanted, listed, refuse_compiled
+from steer.hooks import Reader, Taps, Wanted, listed
 from steer.identity import UNKNOWN, ModelIdentity, canonical, digest, shape_id, tokenizer_id
 from steer.interventions import check_coefficient
 from steer.patches import Patch
