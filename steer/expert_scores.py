@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 KIND = "expert_scores"
 _INTERVAL, _CHANCES = ("lower", "upper"), ("p_value", "q_value")
 _OPTIONAL = (*_INTERVAL, *_CHANCES)
-_CONTENT = ("layers", "method", "tokens", "markers")
+_CONTENT = {"layers": list, "method": str, "tokens": int, "markers": list}
 
 
 @dataclass(frozen=True, eq=False)
@@ -265,11 +265,7 @@ class ExpertScores:
         """
         stored = artifacts.read(path, KIND)
         content, needed = stored.provenance["content"], {"values", "chosen", "together"}
-        if (
-            not needed <= set(stored.tensors) <= {*needed, *_OPTIONAL}
-            or not isinstance(content, Mapping)
-            or set(content) != set(_CONTENT)
-        ):
+        if not needed <= set(stored.tensors) <= {*needed, *_OPTIONAL} or not _is_content(content):
             raise SteerError(
                 f"{path} does not hold expert scores",
                 f"the tensors {', '.join(sorted(needed))}, some of {', '.join(_OPTIONAL)}, and {', '.join(_CONTENT)}",
@@ -293,6 +289,14 @@ class ExpertScores:
     def _tensors(self) -> dict[str, Tensor]:
         names = ("values", "chosen", "together", *_OPTIONAL)
         return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+
+def _is_content(content: object) -> bool:
+    """Whether a file says beside its tensors what `save` writes; a marker checks itself."""
+    if not isinstance(content, Mapping) or {key: type(value) for key, value in content.items()} != _CONTENT:
+        return False
+    numbers, markers = content["layers"], content["markers"]
+    return all(type(each) is int for each in numbers) and all(isinstance(each, Mapping) for each in markers)
 
 
 def _known(value: float) -> float | None:

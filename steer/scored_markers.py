@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from steer.errors import SteerError
 from steer.identity import known_keys
 
 
@@ -29,10 +30,36 @@ class ScoredMarker:
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> ScoredMarker:
-        """Read plain data; unknown keys are refused."""
-        known_keys(stored, ("text", "sign", "marked", "variants", "written"), "a marker of the expert scores")
+        """Read plain data.
+
+        Raises:
+            SteerError: unknown or missing keys, or values of another kind.
+        """
+        names = ("text", "sign", "marked", "variants", "written")
+        known_keys(stored, names, "a marker of the expert scores")
+        if not _readable(stored, names):
+            raise SteerError(
+                f"a marker of the expert scores reads {stored!r}",
+                "a text, its weight, how often it stands, lists of token ids and what each writes",
+                "Make the file again",
+            )
         variants = tuple(tuple(ids) for ids in stored["variants"])
         return cls(stored["text"], stored["sign"], stored["marked"], variants, tuple(stored["written"]))
+
+
+def _readable(stored: Mapping[str, Any], names: Iterable[str]) -> bool:
+    if set(stored) != set(names):
+        return False
+    variants, written = stored["variants"], stored["written"]
+    return (
+        isinstance(stored["text"], str)
+        and isinstance(stored["sign"], int | float)
+        and type(stored["marked"]) is int
+        and isinstance(variants, list)
+        and all(isinstance(ids, list) and all(type(token) is int for token in ids) for ids in variants)
+        and isinstance(written, list)
+        and all(isinstance(text, str) for text in written)
+    )
 
 
 def formula(markers: Iterable[tuple[str, float]]) -> str:

@@ -224,6 +224,29 @@ def test_a_made_up_file_is_refused(tmp_path: Path) -> None:
         refused(lambda: ExpertScores.load(path), "does not hold expert scores")
     artifacts.write(path, "expert_scores", whole, {"content": {**content, "markers": [{"text": "a", "weight": 1}]}}, overwrite=True)  # fmt: skip
     refused(lambda: ExpertScores.load(path), "'weight'")
+    for key, value in (
+        ("layers", ["a", 3, 4]),
+        ("layers", [1.5, 3, 4]),
+        ("layers", 5),
+        ("tokens", "x"),
+        ("tokens", 99.5),
+        ("method", 3),
+        ("markers", ["x"]),
+    ):
+        artifacts.write(path, "expert_scores", whole, {"content": {**content, key: value}}, overwrite=True)
+        refused(lambda: ExpertScores.load(path), "does not hold expert scores")
+    marker = {"text": "a", "sign": 1, "marked": 9, "variants": [[3]], "written": ["a"]}
+    for name, wrong in (
+        ("text", 7),
+        ("sign", "x"),
+        ("marked", 2.5),
+        ("variants", 3),
+        ("variants", [3]),
+        ("written", [1]),
+    ):
+        for broken in ({**marker, name: wrong}, {key: marker[key] for key in marker if key != name}):
+            artifacts.write(path, "expert_scores", whole, {"content": {**content, "markers": [broken]}}, overwrite=True)
+            refused(lambda: ExpertScores.load(path), "a marker of the expert scores reads")
     artifacts.write(path, "scores", whole, {}, overwrite=True)
     refused(lambda: ExpertScores.load(path), "kind 'scores'")
 
