@@ -106,7 +106,7 @@ class _RouterPass:
     def take(self, layer: int, routing: Routing, states: Tensor | None) -> None:
         """Add up one layer's choices over the tokens of every span."""
         ids = routing.ids
-        rows = torch.zeros(*ids.shape[:2], 2 * self.experts, device=ids.device)
+        rows = torch.zeros(*ids.shape[:2], 2 * self.experts, dtype=torch.float32, device=ids.device)
         rows.scatter_(2, ids, 1.0)
         rows.scatter_(2, ids + self.experts, routing.weights.float())
         self.sums[layer] = torch.bmm(self._inside(ids.device), rows)

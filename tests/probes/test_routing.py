@@ -191,3 +191,14 @@ def test_what_is_counted_is_what_the_blocks_see() -> None:
         rows = {row.id: index for index, row in enumerate(summary.rows)}
         for index, trace in enumerate(batch.traces):
             assert torch.equal(torch.as_tensor(late["router.count/all"][index]), count[rows[trace.id]])
+
+
+def test_counts_are_exact_whatever_the_default_number() -> None:
+    model, run = made.model("qwen3_moe"), made.traces(6)
+    expected = probes.collect(model, run, recorders=[RouterCounts()])
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = probes.collect(model, run, recorders=[RouterCounts()])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found.values("router.count/all"), expected.values("router.count/all"))
