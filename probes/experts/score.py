@@ -15,6 +15,7 @@ from the rest, so that is not yet to say that the expert has to do with thinking
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -70,12 +71,11 @@ def expert_scores(
         model: whose tokenizer says how the markers are written, which the scores then tell; must be the summary's.
 
     Raises:
-        SteerError: an unknown method or correction, nothing counted at a marker or a marker that stands nowhere, an
-            interval or chances from a summary of groups, another model's summary.
+        SteerError: an unknown method or correction, a weight of 0 or none at all, nothing counted at a marker or a marker
+            that stands nowhere, an interval or chances from a summary of groups, another model's summary.
     """
     formula = formula_of(method)
-    if correction not in CORRECTIONS:
-        raise SteerError(f"there is no correction {correction!r}", f"one of {', '.join(CORRECTIONS)}")
+    _check_request(markers, resamples, correction)
     if model is not None:
         summary.check_model(model.identity)
     _require_traces(summary, resamples, null)
@@ -109,6 +109,20 @@ def expert_scores(
         model=summary.model,
         provenance={key: story[key] for key in story if key not in ("model", "content")},
     )
+
+
+def _check_request(markers: Mapping[str, float], resamples: int, correction: str) -> None:
+    if correction not in CORRECTIONS:
+        raise SteerError(f"there is no correction {correction!r}", f"one of {', '.join(CORRECTIONS)}")
+    if resamples < 0:
+        raise SteerError(f"{resamples} resamples were asked for", "0, for no interval, or more")
+    for text, sign in markers.items():
+        if not math.isfinite(sign) or not sign:
+            raise SteerError(
+                f"the marker {text!r} has the weight {sign}",
+                "a number other than 0",
+                "Leave it out, or weigh it 1 or -1",
+            )
 
 
 def _require_traces(summary: Summary, resamples: int, null: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -239,18 +240,22 @@ def test_groups_have_scores_but_neither_interval_nor_chances() -> None:
     ("markers", "options", "words"),
     [
         ({"<think>": 1, "hence": -1}, {}, r"'hence' stands at none of the \d+ tokens.*leave it out"),
-        ({"wait": 1}, {}, "router.count/marker:wait@all.*router_counts"),
+        ({"wait": 1}, {}, "router.count over marker:wait@all.*router_counts"),
         ({}, {}, "no marker was named"),
         ({"<think>,": 1}, {}, "marker:<think>,@all"),
         ({"<think>": 1}, {"method": "lift"}, "no method 'lift'.*npmi"),
         ({"<think>": 1}, {"correction": "no"}, "no correction 'no'.*bh, by"),
+        ({"<think>": 1}, {"resamples": -1}, "-1 resamples"),
+        ({"<think>": 0}, {}, "'<think>' has the weight 0.*other than 0"),
+        ({"<think>": math.nan}, {}, "'<think>' has the weight nan"),
+        ({"<think>": math.inf}, {}, "'<think>' has the weight inf"),
     ],
 )
-def test_bad_requests_are_refused(markers: dict[str, float], options: dict[str, str], words: str) -> None:
+def test_bad_requests_are_refused(markers: dict[str, float], options: dict[str, Any], words: str) -> None:
     given = traces(0)
     found = summary(given, routed(given, 0), {"<think>": 1.0, "hence": 1.0})
     with pytest.raises(SteerError, match=f"(?i){words}"):
-        expert_scores(found, markers, **options)  # type: ignore[arg-type]
+        expert_scores(found, markers, **options)
 
 
 def test_another_models_summary_is_refused() -> None:
