@@ -82,19 +82,21 @@ def volcano(
     points: dict[tuple[float, float], list[str]] = {}
     for place, text in named.items():
         points.setdefault((float(scores[place]), float(heights[place])), []).append(text)
-    for number, (point, texts) in enumerate(
-        sorted(points.items())
-    ):  # In turn near and far, so that neighbours are read.
-        axes.annotate(
-            ", ".join(texts),
-            point,
-            xytext=(0, 4 + 10 * (number % 2)),
-            textcoords="offset points",
-            fontsize=8,
-            ha="center",
-        )
+    levels = _levels(sorted(points), float(np.ptp(scores[scored])), float(np.ptp(heights[scored])))
+    for point, level_of in levels.items():
+        above = (0, 4 + 10 * level_of)
+        axes.annotate(", ".join(points[point]), point, xytext=above, textcoords="offset points", fontsize=8, ha="center")  # fmt: skip
     axes.xaxis.set_major_locator(AutoLocator())
     axes.set(xlabel="score", ylabel="−log10 p", title=title)
-    axes.margins(x=0.1, y=0.1)
+    axes.margins(x=0.1, y=0.1 + 0.04 * max(levels.values(), default=0))
     figure.legend(frameon=False, loc="outside lower center", ncols=2)
     return figure
+
+
+def _levels(points: Sequence[tuple[float, float]], width: float, height: float) -> dict[tuple[float, float], int]:
+    """Return how many lines above its point each label stands, so that labels of neighbours are read."""
+    found: dict[tuple[float, float], int] = {}
+    for x, y in points:
+        near = [level for (a, b), level in found.items() if abs(x - a) <= 0.15 * width and abs(y - b) <= 0.15 * height]
+        found[x, y] = min(set(range(len(near) + 1)) - set(near))
+    return found

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -313,3 +314,15 @@ def test_the_volcano_shows_every_scored_expert_once() -> None:
         f"({layer}, {expert})" for layer, expert in scores.top(2)
     )
     refused(lambda: made().volcano(), "no p-values")
+
+
+def test_names_of_neighbours_in_the_volcano_do_not_cover_each_other() -> None:
+    values = torch.linspace(-1, 0, 24).reshape(3, 8)
+    values[2, 3:] = torch.tensor([0.98, 0.99, 1.0, 1.01, 1.02])
+    tiny = torch.full((3, 8), 1e-15, dtype=torch.float64)
+    scores = made(values=values, p_value=tiny, q_value=tiny)
+    figure = scores.volcano(scores.top(5))
+    figure.canvas.draw()
+    boxes = [text.get_window_extent() for text in (*figure.axes[0].texts, figure.axes[0].title)]
+    assert len(boxes) == 6
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
