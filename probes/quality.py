@@ -31,9 +31,10 @@ from probes.lengths import Choice, choose
 from probes.recipes import Labels, Recipe, recipe_of
 from probes.stability import SplitHalf, cone_of, split_half_of
 from probes.strata import Sides, items_of, rows_of
-from steer.directions import Direction, ranges
+from steer.directions import Direction
 from steer.errors import SteerError
 from steer.intervals import RESAMPLES, Interval
+from steer.ranges import ranges
 from steer.tables import table
 
 if TYPE_CHECKING:

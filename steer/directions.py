@@ -23,6 +23,7 @@ from steer import artifacts
 from steer.errors import SteerError
 from steer.figures import Halves, direction_figure
 from steer.identity import ModelIdentity, canonical, digest, mix
+from steer.ranges import ranges
 from steer.sites import site as site_named
 from steer.tables import table
 
@@ -310,17 +311,6 @@ def from_stored(vectors: Tensor | None, block: Mapping[str, Any], where: str) ->
     model = None if block.get("model") is None else ModelIdentity.from_dict(block["model"])
     story = {key: block[key] for key in artifacts.GIVEN if key in block and key not in ("model", "site", "content")}
     return Direction(vectors, tuple(layers), str(block.get("site")), model, story)
-
-
-def ranges(numbers: Iterable[int]) -> str:
-    """Return increasing numbers as the reader likes them: `0-3, 7`."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs) or "none"
 
 
 def _check_shape(vectors: Tensor, layers: tuple[int, ...], name: str) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter
 
 from steer.anatomy.resolve import Anatomy
-from steer.directions import ranges
 from steer.errors import SteerError
 from steer.expert_interventions import BiasRouter, ScaleExperts
+from steer.ranges import ranges
 
 
 def check(intervention: ScaleExperts | BiasRouter, anatomy: Anatomy, what: str) -> None:

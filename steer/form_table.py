@@ -15,8 +15,9 @@ from torch import Tensor
 
 from steer.anatomy.resolve import Anatomy
 from steer.anatomy.slots import Matrix
-from steer.directions import ranges, unit_vector
+from steer.directions import unit_vector
 from steer.interventions import Add, BiasRouter, Custom, Intervention, ProjectOut, ScaleExperts, SetComponent
+from steer.ranges import ranges
 from steer.writers import Part, bias_form, has_bias, part, writers
 
 Form = Literal["hook", "vllm", "patch", "lora"]

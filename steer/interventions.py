@@ -26,11 +26,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from steer.directions import Direction, ranges, unit_vector
+from steer.directions import Direction, unit_vector
 from steer.errors import SteerError
 from steer.expert_interventions import BiasRouter as BiasRouter
 from steer.expert_interventions import ScaleExperts as ScaleExperts
 from steer.phases import check_phase
+from steer.ranges import ranges
 from steer.sites import site as site_named
 
 Change = Callable[[Float[Tensor, "*batch width"]], Float[Tensor, "*batch width"]]

@@ -12,7 +12,7 @@ from typing import Any
 
 from steer import expert_range
 from steer.anatomy.resolve import Anatomy
-from steer.directions import Direction, ranges
+from steer.directions import Direction
 from steer.errors import SteerError
 from steer.expert_interventions import Expert
 from steer.identity import ModelIdentity, canonical, check_same, digest, mix
@@ -26,6 +26,7 @@ from steer.interventions import (
     SetComponent,
     check_coefficient,
 )
+from steer.ranges import ranges
 
 Directed = Add | ProjectOut | SetComponent
 Savable = Directed | ScaleExperts | BiasRouter

@@ -19,6 +19,7 @@ from steer.cli.options import Json, Quiet, Seed
 from steer.cli.output import Output
 from steer.errors import SteerError
 from steer.identity import ModelIdentity, shape_id
+from steer.ranges import ranges
 from steer.sites import SITES
 from steer.sources import locate
 from steer.subjects import Subject, load_change, parse
@@ -147,7 +148,8 @@ def _print(output: Output, result: Mapping[str, Any]) -> None:
         output.text(f"  linear attention, without heads, on {len(result['linear_layers'])} layers")
     if result["experts"]:
         chosen = f", {result['chosen']} chosen for a token" if result["chosen"] else ""
-        output.text(f"  {result['experts']} experts on each of {len(result['expert_layers'])} layers{chosen}")
+        where = f"{len(result['expert_layers'])} layers ({ranges(result['expert_layers'])})"
+        output.text(f"  {result['experts']} experts on each of {where}{chosen}")
     output.text("  matrices: " + ", ".join(f"{word} {text}" for word, text in result["stored"].items()))
     output.text(
         "  sites: " + ", ".join(f"{name} {count}/{result['layers']}" for name, count in result["sites"].items())

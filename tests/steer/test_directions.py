@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from steer import artifacts
-from steer.directions import Direction, ranges, unit_vector
+from steer.directions import Direction, unit_vector
 from steer.identity import ModelIdentity
+from steer.ranges import ranges
 from tests.steer.made import SEEDS, direction, identity, refused
 
 FACTORS = st.floats(-1e3, 1e3)

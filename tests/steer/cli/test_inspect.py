@@ -69,7 +69,7 @@ def test_it_reads_well(tiny_folder, capsys):
     text = capsys.readouterr().out
     for part in (
         "mlp_raw 2/4",
-        "4 experts on each of 2 layers, 2 chosen for a token",
+        "4 experts on each of 2 layers (1, 3), 2 chosen for a token",
         "ScaleExperts at router",
         "expert_down 8",
         "router 2",
