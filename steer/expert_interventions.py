@@ -14,7 +14,6 @@ dtype. Experts that every token passes (shared ones) are no choice and stay as t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -26,6 +25,8 @@ Expert = tuple[int, int]
 """Layer and expert, both counted from 0; the expert by its row of the router's matrix."""
 MARGIN = 0.01
 """How far a forced expert's logit lies beyond all others (SteerMoE's constant)."""
+LARGEST = 1e30
+"""What numbers stay below, and factors above the inverse of: float32 holds them and their products with weights."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class ScaleExperts:
 
     Attributes:
         experts: (layer, expert) pairs, each once.
-        beta: b, at least 0; 1 does nothing at all, 0 takes the experts out of the sum, RICE uses 64.
+        beta: b, 0 or from 1e-30 to 1e30; 1 does nothing at all, 0 takes the experts out of the sum, RICE uses 64.
         renormalise: divide so that the weights of a token keep their original sum (2.5 on DeepSeek V3, below 1 on OLMoE);
             RICE's main method does not.
         phase: when; a word of `steer.phases.PHASES`.
@@ -54,8 +55,12 @@ class ScaleExperts:
         if not self.experts:
             raise SteerError("ScaleExperts names no expert", "(layer, expert) pairs", "Take them from expert scores: experts=scores.top(2)")  # fmt: skip
         beta = float(self.beta) + 0.0
-        if not math.isfinite(beta) or beta < 0:
-            raise SteerError(f"beta is {beta}", "a finite number of at least 0", "0 takes the experts out of the sum")
+        if not _holds(beta):
+            raise SteerError(
+                f"beta is {beta}",
+                "a number of at least 0: 0 itself, or from 1e-30 to 1e30",
+                "0 takes the experts out of the sum",
+            )
         object.__setattr__(self, "beta", beta)
         check_phase(self.phase, None)
 
@@ -68,13 +73,13 @@ class ScaleExperts:
         """Return 1 + c (beta - 1), what the weights are multiplied by; beta itself, unrounded, for c = 1.
 
         Raises:
-            SteerError: it is negative, which would subtract what an expert writes.
+            SteerError: it is negative, which would subtract what an expert writes, or float32 does not hold it.
         """
         factor = self.beta if c == 1 else 1.0 + c * (self.beta - 1.0)
-        if factor < 0:
+        if not _holds(factor):
             raise SteerError(
                 f"coefficient {c:g} with beta {self.beta:g} multiplies weights by {factor:g}",
-                "a factor 1 + c (beta - 1) of at least 0",
+                "a factor 1 + c (beta - 1) of at least 0: 0 itself, or from 1e-30 to 1e30",
                 "Choose another coefficient or another beta",
             )
         return factor
@@ -93,7 +98,7 @@ class BiasRouter:
     """Change the router's logits before the experts are chosen.
 
     Attributes:
-        bias: (layer, expert, b): b is added to the expert's logit; any finite number but 0.
+        bias: (layer, expert, b): b is added to the expert's logit; from -1e30 to 1e30, and not 0.
         force_in: (layer, expert) that every token of the phase chooses: at most as many a layer as a token chooses.
         force_out: (layer, expert) that no token of the phase chooses: as many a layer as leave enough to choose from.
         phase: when; a word of `steer.phases.PHASES`.
@@ -113,9 +118,9 @@ class BiasRouter:
             object.__setattr__(self, name, _pairs(getattr(self, name), f"BiasRouter, {name},"))
         rows = [(int(layer), int(expert), float(added) + 0.0) for layer, expert, added in self.bias]
         _pairs([(layer, expert) for layer, expert, _ in rows], "BiasRouter, bias,")
-        wrong = [row for row in rows if not math.isfinite(row[2]) or row[2] == 0]
+        wrong = [row for row in rows if not 0 < abs(row[2]) <= LARGEST]
         if wrong:
-            raise SteerError(f"BiasRouter adds {wrong[0][2]} to expert {wrong[0][1]} of layer {wrong[0][0]}", "a finite number but 0")  # fmt: skip
+            raise SteerError(f"BiasRouter adds {wrong[0][2]} to expert {wrong[0][1]} of layer {wrong[0][0]}", "a number from -1e30 to 1e30, and not 0")  # fmt: skip
         object.__setattr__(self, "bias", tuple(sorted(rows)))
         both = sorted(set(self.force_in) & set(self.force_out))
         if both:
@@ -144,6 +149,11 @@ class BiasRouter:
     def is_zero(self, c: float) -> bool:
         """Never: at coefficient 1, the only one, something is added or forced."""
         return False
+
+
+def _holds(factor: float) -> bool:
+    """Whether float32 holds a factor, and its inverse."""
+    return factor == 0 or 1 / LARGEST <= factor <= LARGEST
 
 
 def _pairs(pairs: Iterable[Iterable[int]], what: str) -> tuple[Expert, ...]:

@@ -80,6 +80,15 @@ def test_scaled_goes_into_beta() -> None:
     assert Steering((BIAS,)).scaled(1.0) == Steering((BIAS,))
 
 
+def test_numbers_that_float32_does_not_hold_are_refused() -> None:
+    for beta in (1e300, 1e-42, float("nan"), float("inf")):
+        refused(lambda beta=beta: ScaleExperts(((1, 0),), beta), "from 1e-30 to 1e30")
+    refused(lambda: Steering((SCALE,)).scaled(1e300), "coefficient 1e+300", "from 1e-30 to 1e30")
+    for added in (1e300, float("nan")):
+        refused(lambda added=added: BiasRouter(bias=((1, 0, added),)), "from -1e30 to 1e30")
+    assert ScaleExperts(((1, 0),), 1e30).factor(1.0) == 1e30 and ScaleExperts(((1, 0),), 0.0).factor(1.0) == 0
+
+
 def test_no_directions_and_no_vectors_file(tmp_path: Path) -> None:
     steering = Steering((SCALE, BIAS), model=identity(), name="up")
     assert steering.directions == ()
