@@ -95,10 +95,17 @@ class Routes:
         """Return the chosen experts of a trace, (token, layer, chosen): of all its tokens but the last.
 
         Raises:
-            SteerError: the trace was not written while this listened.
+            SteerError: the trace was not written while this listened, or another was under its name.
         """
         self._move()
         key = (trace.item, trace.sample)
         if key not in self._parts:
             raise SteerError(f"the reply {trace.id} was not written inside `model.routed()`", "one that was")
-        return np.concatenate([self._prompts[trace.item], *self._parts[key]])
+        found = np.concatenate([self._prompts[trace.item], *self._parts[key]])
+        if len(found) != len(trace.tokens) - 1:
+            raise SteerError(
+                f"the reply {trace.id} has {len(trace.tokens)} tokens, and {len(found)} were read under its name inside `model.routed()`",
+                f"{len(trace.tokens) - 1}, all but the last",
+                "Ask with the traces that were written there; one that was interrupted has to be written again",
+            )
+        return found

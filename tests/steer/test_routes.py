@@ -70,4 +70,24 @@ def test_only_what_was_heard_is_told(mixture: Make) -> None:
         model.generate(QUESTIONS[:1], sampling=options)
         with pytest.raises(SteerError, match="was written before"):
             model.generate(QUESTIONS[:1], sampling=options)
+    later = model.generate(QUESTIONS[1:2], sampling=options)
+    with pytest.raises(SteerError, match="were read under its name"):
+        routes[later[0]]
     assert model.routes == () and not model.taps._contexts
+
+
+def test_a_reply_that_was_interrupted_is_not_told_in_part(mixture: Make) -> None:
+    model, written = mixture("olmoe"), []
+
+    def interrupt(prompt: object, sample: int, token: int) -> None:
+        written.append(token)
+        if len(written) == 3:
+            raise KeyboardInterrupt
+
+    options = Sampling(temperature=0.0, max_new_tokens=20)
+    with model.routed() as routes, pytest.raises(KeyboardInterrupt):
+        model.generate(QUESTIONS[:1], sampling=options, on_token=interrupt)
+    assert model.routes == () and not model.taps._contexts and not model.taps._positions and not model.taps._handles
+    (whole,) = model.generate(QUESTIONS[:1], sampling=options)
+    with pytest.raises(SteerError, match="interrupted has to be written again"):
+        routes[whole]
