@@ -17,6 +17,7 @@ from steer.form_table import Bias
 from steer.identity import ModelIdentity, shape_id
 from steer.parameters import place
 from steer.sources import locate
+from steer.weights import weights_id
 from steer.writers import has_bias
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ class Target:
 
     Attributes:
         anatomy: its parts and counts.
-        identity: its name and shape; the weights may be unknown.
+        identity: its name and shape, and its weights where they are known.
         quantised: the method, empty for plain weights.
         bias: returns the bias that goes with a matrix, None where there is none.
     """
@@ -60,7 +61,8 @@ def target_of(model_or_path: SteerableModel | str | Path) -> Target:
 
 def _of_headers(headers: Headers, name: str) -> Target:
     anatomy = resolve(headers.config, shapes_of(headers.config, headers.shapes))
-    identity = ModelIdentity(name, anatomy.family, shape_id(anatomy.numbers()))
+    known = weights_id(headers.folder, headers.files)
+    identity = ModelIdentity(name, anatomy.family, shape_id(anatomy.numbers()), known)
     odd = sorted(
         {headers.tensors[anatomy.disk_name(module, layer)].dtype for module, layer in anatomy.shapes} - set(PLAIN)
     )

@@ -65,7 +65,7 @@ class Edited(os.PathLike[str]):
     def summary(self) -> str:
         """Say in one line what was done."""
         manifest = self.manifest
-        share = "" if self.survived is None else f"; surviving change: {survival_text(manifest)}"
+        share = f"; surviving change: {survival_text(manifest)}" if manifest.tensors else ""
         forced = f"; {len(manifest.forced)} matrices were not what the patch expects" if manifest.forced else ""
         source = "the originals in steer/undo" if manifest.undo == "kept" else "base"
         return f"{self.path}: {manifest.coverage}{share}{forced}; undo from {source}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -67,6 +68,25 @@ def test_it_says_what_to_do_next(tiny_folder: Folder, tmp_path: Path, capsys: Ca
     assert f"steer apply {base} {out}" in text and f"{base}+{up}" in text
     assert run(["apply", str(base), str(out), "--out", str(tmp_path / "edited")]) == 0
     assert run(["verify", f"{base}+{up}", str(tmp_path / "edited"), "--json"]) == 0
+
+
+def test_other_weights_of_the_same_shape_are_told(tiny_folder: Folder, tmp_path: Path, capsys: Captured) -> None:
+    base, twin, up = tiny_folder("olmoe"), tiny_folder("olmoe", seed=1), tmp_path / "up.yaml"
+    assert typed(base, *NAMED, "--beta", "2", "--steering", str(up)) == 0
+    assert run(["apply", str(base), str(up), "--out", str(tmp_path / "same")]) == 0, (
+        "without a warning, which would be an error"
+    )
+    with pytest.warns(UserWarning, match="other weights of the same shape"):
+        assert run(["apply", str(twin), str(up), "--out", str(tmp_path / "other")]) == 0
+
+
+def test_a_beta_of_one_in_a_file_is_told(tiny_folder: Folder, tmp_path: Path, capsys: Captured) -> None:
+    base, up = tiny_folder("olmoe"), tmp_path / "up.yaml"
+    assert typed(base, *NAMED, "--beta", "2", "--steering", str(up)) == 0
+    up.write_text(up.read_text().replace("beta: 2.0", "beta: 1.0"))
+    capsys.readouterr()
+    assert run(["apply", str(base), str(up), "--out", str(tmp_path / "same")]) == 0
+    assert "nothing was to change" in capsys.readouterr().out
 
 
 def test_the_best_by_their_scores(tiny_folder: Folder, tmp_path: Path, capsys: Captured) -> None:
