@@ -111,9 +111,18 @@ def expert_scores(
     )
 
 
+def known_correction(name: str) -> None:
+    """Refuse a correction that does not exist.
+
+    Raises:
+        SteerError: there is none of that name.
+    """
+    if name not in CORRECTIONS:
+        raise SteerError(f"there is no correction {name!r}", f"one of {', '.join(CORRECTIONS)}")
+
+
 def _check_request(markers: Mapping[str, float], resamples: int, correction: str) -> None:
-    if correction not in CORRECTIONS:
-        raise SteerError(f"there is no correction {correction!r}", f"one of {', '.join(CORRECTIONS)}")
+    known_correction(correction)
     if resamples < 0:
         raise SteerError(f"{resamples} resamples were asked for", "0, for no interval, or more")
     for text, sign in markers.items():

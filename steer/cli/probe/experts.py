@@ -45,6 +45,9 @@ if TYPE_CHECKING:
 TURN = "Alternatively"
 """RICE's word for another thought; taken by itself only where the traces hold it."""
 
+UNLIKE = "the markers choose them more often than random tokens of their traces would, as many words do; whether they matter for thinking, scaling them tells (--choose)"  # fmt: skip
+ALIKE = "the markers are not seen to choose any expert more often than random tokens of their traces would"
+
 Markers = Annotated[
     list[str] | None,
     typer.Option(
@@ -95,11 +98,12 @@ def command(
 ) -> None:
     """Score every expert of a mixture: how closely its being chosen goes with the markers of thinking."""
     from probes.experts.formulas import method as known_method
-    from probes.experts.score import expert_scores
+    from probes.experts.score import expert_scores, known_correction
     from steer.subjects import open_subject
 
     output = Output(json, quiet)
     known_method(method)
+    known_correction(correction)
     if volcano is not None and not null:
         raise SteerError("--volcano was given with --no-null", "chances to draw", "Leave one of them out")
     named = None if marker is None else _parsed(marker)
@@ -203,7 +207,7 @@ def _told_scores(scores: ExpertScores, out: Path, top: int, output: Output) -> d
         output.text(f"{len(ties)} other experts have the score of the last one here, such as {ties[0]}: only their numbers decide.")  # fmt: skip
     found = None if scores.q_value is None else int((scores.q_value <= 0.05).sum())
     if found is not None:
-        output.text(f"{found} of {len(scores.ranked)} experts have q ≤ 0.05: the markers are routed unlike random tokens of their traces.")  # fmt: skip
+        output.text(f"{found} of {len(scores.ranked)} experts have q ≤ 0.05: {UNLIKE if found else ALIKE}.")
     markers = [
         {"text": marker.text, "weight": marker.sign, "tokens": marker.marked, "ids": marker.variants, "written": marker.written}
         for marker in scores.markers

@@ -12,8 +12,11 @@ import torch
 import probes
 from probes.experts import expert_scores, recorder_for
 from steer.cli import app
+from steer.cli.output import Output
+from steer.cli.probe.experts import _told_scores
 from steer.expert_scores import ExpertScores
 from tests.probes import made
+from tests.probes.experts import synthetic
 from tests.steer.cli.probe.conftest import Call
 
 Folder = Callable[..., Path]
@@ -87,7 +90,13 @@ def test_the_table_shows_markers_ties_and_what_a_chance_says(
     told = capsys.readouterr()
     assert re.search(r"npmi of <think> - </think>, 16 experts of 4 layers, \d+ tokens", told.out)
     assert re.search(r"</think> +-1 +21 +'</think>' \[6\]", told.out)
-    assert re.search(r"\d+ of 16 experts have q ≤ 0.05: .* unlike random tokens", told.out)
+    q_value = ExpertScores.load(tmp_path / "a.safetensors").q_value
+    assert q_value is not None
+    found = int((q_value <= 0.05).sum())
+    said = "choose them more often" if found else "are not seen to choose any"
+    assert re.search(
+        rf"{found} of 16 experts have q ≤ 0.05: the markers {said} .*random tokens", " ".join(told.out.split())
+    )
     assert "'Alternatively' is no word of this model's tokenizer" in told.err
     assert (
         app.run([*words, "--marker", "+<think>", "--method", "rate_ratio", "--out", str(tmp_path / "b.safetensors")])
@@ -148,3 +157,30 @@ def test_a_summary_of_groups_says_what_is_missing(steer: Call, tiny_folder: Fold
     assert "--resamples 0 --no-null" in told["remedy"]
     found = steer(*words, "--resamples", 0, "--no-null", "--out", tmp_path / "b.safetensors")
     assert found["experts"][0]["score"] is not None
+
+
+def test_what_cannot_be_asked_is_refused_before_anything_is_read(
+    steer: Call, tiny_folder: Folder, tmp_path: Path
+) -> None:
+    words = (
+        "probe",
+        "experts",
+        tiny_folder("olmoe"),
+        "--from",
+        tmp_path / "nothing",
+        "--out",
+        tmp_path / "s.safetensors",
+    )
+    for option, word in (("--method", "lift"), ("--correction", "no")):
+        assert f"'{word}'" in steer(*words, option, word, status=2)["message"]
+
+
+def test_chances_are_told_for_what_they_are(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """An expert that follows a marker, and experts that do not."""
+    for name, tied, words in (("tied", {(1, 5): made.THINK}, "more often"), ("free", {}, "0 of 32 experts")):
+        given = synthetic.traces(3, questions=30)
+        scores = expert_scores(synthetic.summary(given, synthetic.routed(given, 3, tied=tied), {"<think>": 1.0}), {"<think>": 1.0}, resamples=0)  # fmt: skip
+        _told_scores(scores, tmp_path / name, 3, Output(False, True))
+        told = " ".join(capsys.readouterr().out.split())
+        assert words in told
+        assert ("not seen to choose any" in told) == (not tied)
