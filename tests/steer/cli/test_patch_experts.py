@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -73,9 +74,9 @@ def test_it_says_what_to_do_next(tiny_folder: Folder, tmp_path: Path, capsys: Ca
 def test_other_weights_of_the_same_shape_are_told(tiny_folder: Folder, tmp_path: Path, capsys: Captured) -> None:
     base, twin, up = tiny_folder("olmoe"), tiny_folder("olmoe", seed=1), tmp_path / "up.yaml"
     assert typed(base, *NAMED, "--beta", "2", "--steering", str(up)) == 0
-    assert run(["apply", str(base), str(up), "--out", str(tmp_path / "same")]) == 0, (
-        "without a warning, which would be an error"
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert run(["apply", str(base), str(up), "--out", str(tmp_path / "same")]) == 0
     with pytest.warns(UserWarning, match="other weights of the same shape"):
         assert run(["apply", str(twin), str(up), "--out", str(tmp_path / "other")]) == 0
 
