@@ -2,13 +2,15 @@
 
 Null: within each trace, the tokens that are the marker stand anywhere among its T_i tokens, every choice of places as
 likely as any other; each marker by itself. Then of m_i marker tokens k_i choose an expert that K_i of the trace's tokens
-choose, with k_i hypergeometric (T_i, K_i, m_i), independently over traces, and k = sum k_i by convolution. K, T and M stay,
+choose, with k_i hypergeometric (T_i, K_i, m_i). Replies to one question share a prompt, and often the very tokens at which an
+opening mark stands, so they are no separate evidence: their k_i are taken to rise and fall together, each a quantile at
+the same chance; no dependence has a larger variance. Questions are independent: k = sum k_i by convolution. K, T and M stay,
 so a score is a function of the k of each marker, and its chance P(score as large or larger) is a sum over them: a tail for
 one marker, over all combinations for several.
 
 Sums run over positive numbers only. What is left out of a distribution, at its ends, weighs less than `PRECISION` in all
 and is added to the chance; no chance is told below `PRECISION`. So but for rounding (some 1e-13 of itself) a chance is never too
-small, and too large by less than 2e-15 for each marker.
+small, and too large by less than 2e-15 for each marker, and 1e-15 for each question with several replies.
 """
 
 from __future__ import annotations
@@ -27,11 +29,13 @@ CHUNK = 256  # Experts that are convolved together; they are sorted by how often
 MOST = 2**22
 TIE = 1e-9  # Scores this close count as equal: they are the same number, added up in another order.
 Integers = NDArray[np.int64]
+Reply = tuple[Integers, int, int]
+"""Of a trace: K_i of every expert, T_i and m_i."""
 
 
 @dataclass(eq=False)
 class _Chunk:
-    """The distribution of k of some experts after the traces so far: `mass` (expert, k - first), and what was left out."""
+    """The distribution of k of some experts after the questions so far: `mass` (expert, k - first), and what was left out."""
 
     experts: Integers
     mass: Numbers
@@ -39,7 +43,7 @@ class _Chunk:
     first: int = 0
 
     def convolve(self, part: Numbers, first: int) -> None:
-        """Add one trace, whose k_i has the masses `part` (expert, k_i - first)."""
+        """Add one question, whose k_i has the masses `part` (expert, k_i - first)."""
         width = self.mass.shape[1]
         total = np.zeros((len(self.mass), width + part.shape[1] - 1))
         for k in range(part.shape[1]):
@@ -53,32 +57,43 @@ class _Chunk:
 
 
 class Null:
-    """The distribution of k of one marker for every expert, built trace by trace.
+    """The distribution of k of one marker for every expert, built question by question.
 
     Args:
         chosen: K of every expert, which sorts them.
-        traces: how many traces with the marker will be added.
+        questions: how many with the marker will be added.
     """
 
-    def __init__(self, chosen: Integers, traces: int) -> None:
+    def __init__(self, chosen: Integers, questions: int) -> None:
         order = np.argsort(chosen, kind="stable")
         parts = [order[start : start + CHUNK] for start in range(0, len(order), CHUNK)]
         self.chunks = [_Chunk(part, np.ones((len(part), 1)), np.zeros(len(part))) for part in parts]
-        self._budget = PRECISION / (4 * max(traces, 1))  # For each end of each trace and of the sum so far.
+        self._budget = PRECISION / (4 * max(questions, 1))  # For each end of each question and of the sum so far.
 
-    def add(self, chosen: Integers, tokens: int, marked: int) -> None:
-        """Add a trace.
+    def add(self, replies: Sequence[Reply]) -> None:
+        """Add a question.
 
         Args:
-            chosen: K_i of every expert.
-            tokens: T_i.
-            marked: m_i, at least 1.
+            replies: of each trace with the marker K_i of every expert, T_i and m_i, which is at least 1.
         """
         for chunk in self.chunks:
-            part, first, lost = _trimmed(hypergeometric(tokens, chosen[chunk.experts], marked), self._budget)
+            parts = [hypergeometric(tokens, chosen[chunk.experts], marked) for chosen, tokens, marked in replies]
+            part, first, lost = _trimmed(parts[0] if len(parts) == 1 else together_of(parts), self._budget)
             chunk.convolve(part, first)
-            chunk.lost += lost
+            chunk.lost += lost + (0.0 if len(parts) == 1 else PRECISION)
             chunk.trim(self._budget)
+
+
+def together_of(parts: Sequence[Numbers]) -> Numbers:
+    """Return P(sum of k_i = 0 … sum of m_i) where all k_i are quantiles at the same chance, from P(k_i = 0 … m_i) of each.
+
+    The sum is at least j with the j-th largest of all chances P(k_i >= 1), P(k_i >= 2), … of all traces.
+    """
+    above = np.concatenate([np.cumsum(part[:, ::-1], axis=1)[:, -2::-1] for part in parts], axis=1)
+    steps = np.sort(np.minimum(above, 1.0), axis=1)[:, ::-1]
+    edge = np.ones((len(steps), 1))
+    found: Numbers = np.concatenate([edge, steps], axis=1) - np.concatenate([steps, 0.0 * edge], axis=1)
+    return found
 
 
 def hypergeometric(tokens: int, chosen: Integers, marked: int) -> Numbers:

@@ -16,6 +16,7 @@ from the rest, so that is not yet to say that the expert has to do with thinking
 from __future__ import annotations
 
 import math
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
 CONVENTION = (
     "signed sum over markers, logical experts; lower, upper: 2.5 and 97.5 % over resampled questions; p_value: exact, "
-    "one-sided, marker places permuted within each trace; q_value: false-discovery rate over all scored experts"
+    "one-sided, marker places permuted within each trace, alike in all replies to a question; q_value: false-discovery rate over all scored experts"
 )
 CORRECTIONS = ("bh", "by")
 RESAMPLES = 1000
@@ -206,16 +207,24 @@ def _tokens(summary: Summary, counts: Counts) -> Numbers:
 
 
 def _chances(summary: Summary, counts: Counts, formula: Formula) -> Numbers:
-    """p-values, (layer, expert), reading one shard at a time."""
+    """p-values, (layer, expert), reading one shard at a time and keeping what is read of a question until it is whole."""
     chosen = counts.chosen.ravel()
     spans = [span_of(marker.text) for marker in counts.markers]
     marked = [_marked(summary, span).astype(np.int64) for span in spans]
-    nulls = [Null(chosen, int((each > 0).sum())) for each in marked]
+    items = [str(row.item) for row in summary.rows]
+    nulls = [Null(chosen, len({item for item, here in zip(items, each, strict=True) if here})) for each in marked]
+    left, waiting = Counter(items), defaultdict[str, list[tuple[int, Integers]]](list)
     for row, per_trace in enumerate(_traces(summary)):
-        tokens = int(per_trace[0].sum()) // counts.per_token
+        item = items[row]
+        waiting[item].append((row, per_trace.ravel()))
+        if len(waiting[item]) < left[item]:
+            continue
+        replies = waiting.pop(item)
+        tokens = [int(each.sum()) // (counts.per_token * len(counts.layers)) for _, each in replies]
         for null, each in zip(nulls, marked, strict=True):
-            if each[row]:
-                null.add(per_trace.ravel(), tokens, int(each[row]))
+            here = [(k, total, int(each[at])) for (at, k), total in zip(replies, tokens, strict=True) if each[at]]
+            if here:
+                null.add(here)
     found = chances(
         nulls,
         formula,

@@ -13,7 +13,7 @@ from scipy import stats
 
 from probes.experts import null as module
 from probes.experts.formulas import METHODS
-from probes.experts.null import PRECISION, Null, chances, hypergeometric
+from probes.experts.null import PRECISION, Null, chances, hypergeometric, together_of
 from steer.errors import SteerError
 
 Trace = tuple[np.ndarray, Sequence[int]]
@@ -37,7 +37,7 @@ def ours(name: str, signs: Sequence[float], traces: Sequence[Trace], together: S
         made = Null(chosen, len(traces))
         for row, counts in traces:
             if counts[place]:
-                made.add(np.array([int(row.sum())]), len(row), counts[place])
+                made.add([(np.array([int(row.sum())]), len(row), counts[place])])
         nulls.append(made)
     tokens = sum(len(row) for row, _ in traces)
     return float(chances(nulls, METHODS[name], signs, chosen, np.array(together)[:, None], marked, tokens)[0])
@@ -129,7 +129,7 @@ def test_what_is_left_out_at_the_ends_is_told() -> None:
     whole = np.zeros((3, traces + 1), dtype=np.longdouble)
     whole[:, 0] = 1
     for row in per_trace:
-        made.add(row, tokens, 1)
+        made.add([(row, tokens, 1)])
         share = (row / np.longdouble(tokens))[:, None]
         whole[:, 1:] = whole[:, 1:] * (1 - share) + whole[:, :-1] * share
         whole[:, 0] *= 1 - share[:, 0]
@@ -160,7 +160,7 @@ def test_experts_in_many_chunks_keep_their_places(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(module, "CHUNK", chunk)
         made = Null(per_trace.sum(axis=0), 6)
         for row in per_trace:
-            made.add(row, 20, 2)
+            made.add([(row, 20, 2)])
         found.append(chances([made], METHODS["pmi"], [1.0], per_trace.sum(axis=0), together, [12], 120))
     np.testing.assert_allclose(found[0], found[2], atol=1e-14)
     np.testing.assert_allclose(found[1], found[2], atol=1e-14)
@@ -169,7 +169,7 @@ def test_experts_in_many_chunks_keep_their_places(monkeypatch: pytest.MonkeyPatc
 def test_an_expert_that_no_token_chose_has_no_chance_and_one_that_all_chose_has_one() -> None:
     made = Null(np.array([0, 30]), 3)
     for _ in range(3):
-        made.add(np.array([0, 10]), 10, 2)
+        made.add([(np.array([0, 10]), 10, 2)])
     found = chances([made], METHODS["npmi"], [1.0], np.array([0, 30]), np.array([[0, 6]]), [6], 30)
     assert math.isnan(found[0])
     assert found[1] == 1.0
@@ -181,3 +181,19 @@ def test_too_many_combinations_are_refused(monkeypatch: pytest.MonkeyPatch) -> N
     assert ours("npmi", (1, -1), [(rows[0][0], (6, 6))], (2, 2)) > 0
     with pytest.raises(SteerError, match=r"combinations.*--no-null"):
         ours("npmi", (1, -1, 1), rows, (2, 2, 2))
+
+
+def test_replies_to_one_question_rise_and_fall_together() -> None:
+    """Against quantiles of scipy's distributions at every chance at which one of them changes."""
+    random = np.random.default_rng(2)
+    for _ in range(30):
+        laws = []
+        for _ in range(int(random.integers(2, 5))):
+            tokens = int(random.integers(3, 20))
+            laws.append((tokens, int(random.integers(0, tokens + 1)), int(random.integers(1, 4))))
+        parts = [hypergeometric(tokens, np.array([chosen]), marked) for tokens, chosen, marked in laws]
+        edges = np.unique(np.concatenate([[0.0, 1.0], *(np.cumsum(part[0]) for part in parts)]).round(12))
+        expected = np.zeros(sum(marked for *_, marked in laws) + 1)
+        for low, high in itertools.pairwise(edges):
+            expected[sum(int(stats.hypergeom(*law).ppf((low + high) / 2)) for law in laws)] += high - low
+        np.testing.assert_allclose(together_of(parts)[0], expected, atol=1e-10)

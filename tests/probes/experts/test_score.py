@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +215,16 @@ def test_under_the_null_false_discoveries_stay_within_their_rate(markers: dict[s
         assert scores.q_value is not None
         false += bool((scores.q_value[torch.isfinite(scores.q_value)] <= level).any())
     assert false <= stats.binom(runs, level).ppf(0.999), f"{false} of {runs}"
+
+
+def test_the_same_reply_twice_is_no_new_evidence() -> None:
+    """Scores, intervals and chances of replies that are all read four times are those of reading them once."""
+    once = traces(2, questions=10, rate=0.2)
+    ids = routed(once, 2)
+    often = [replace(trace, id=f"{trace.item}/{k}", sample=k) for k in range(4) for trace in once]
+    one, four = (expert_scores(summary(given, each, {"wait": 1.0}), {"wait": 1.0}, method="rate_ratio", resamples=50) for given, each in ((once, ids), (often, ids * 4)))  # fmt: skip
+    for name in ("values", "lower", "upper", "p_value", "q_value"):
+        np.testing.assert_allclose(getattr(four, name).numpy(), getattr(one, name).numpy(), rtol=1e-6, atol=1e-12)
 
 
 # What is refused, and what is said.
