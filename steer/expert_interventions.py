@@ -16,7 +16,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from operator import index
+from typing import Any, ClassVar
 
 from steer.errors import SteerError
 from steer.phases import check_phase
@@ -116,8 +117,11 @@ class BiasRouter:
     def __post_init__(self) -> None:
         for name in ("force_in", "force_out"):
             object.__setattr__(self, name, _pairs(getattr(self, name), f"BiasRouter, {name},"))
-        rows = [(int(layer), int(expert), float(added) + 0.0) for layer, expert, added in self.bias]
-        _pairs([(layer, expert) for layer, expert, _ in rows], "BiasRouter, bias,")
+        given = _rows(self.bias, "BiasRouter, bias,")
+        if any(len(row) != 3 for row in given):
+            raise SteerError(f"BiasRouter, bias, names {given}", "(layer, expert, what is added to its logit)")
+        _pairs([row[:2] for row in given], "BiasRouter, bias,")
+        rows = [(index(layer), index(expert), float(added) + 0.0) for layer, expert, added in given]
         wrong = [row for row in rows if not 0 < abs(row[2]) <= LARGEST]
         if wrong:
             raise SteerError(f"BiasRouter adds {wrong[0][2]} to expert {wrong[0][1]} of layer {wrong[0][0]}", "a number from -1e30 to 1e30, and not 0")  # fmt: skip
@@ -158,10 +162,23 @@ def _holds(factor: float) -> bool:
 
 def _pairs(pairs: Iterable[Iterable[int]], what: str) -> tuple[Expert, ...]:
     """Return (layer, expert) pairs in order."""
-    found = [tuple(int(number) for number in pair) for pair in pairs]
-    bad = [pair for pair in found if len(pair) != 2 or min(pair) < 0]
-    if bad:
-        raise SteerError(f"{what} names {bad[0]}", "(layer, expert), both counted from 0")
+    found: list[Expert] = []
+    for pair in _rows(pairs, what):
+        try:
+            layer, expert = map(index, pair)
+        except (TypeError, ValueError):
+            layer = expert = -1
+        if min(layer, expert) < 0:
+            raise SteerError(f"{what} names {pair!r}", "(layer, expert), both whole numbers counted from 0")
+        found.append((layer, expert))
     if len(set(found)) < len(found):
         raise SteerError(f"{what} names an expert twice in {sorted(found)}", "each (layer, expert) once")
-    return tuple(sorted((layer, expert) for layer, expert in found))
+    return tuple(sorted(found))
+
+
+def _rows(rows: Iterable[Iterable[Any]], what: str) -> list[tuple[Any, ...]]:
+    """Return rows as tuples; a single row in place of several is refused."""
+    try:
+        return [tuple(row) for row in rows]
+    except TypeError as error:
+        raise SteerError(f"{what} names {rows!r}", "a list of rows, each in brackets of its own", "One expert is written ((3, 0),)") from error  # fmt: skip

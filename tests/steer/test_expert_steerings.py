@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 import steer
@@ -87,6 +88,19 @@ def test_numbers_that_float32_does_not_hold_are_refused() -> None:
     for added in (1e300, float("nan")):
         refused(lambda added=added: BiasRouter(bias=((1, 0, added),)), "from -1e30 to 1e30")
     assert ScaleExperts(((1, 0),), 1e30).factor(1.0) == 1e30 and ScaleExperts(((1, 0),), 0.0).factor(1.0) == 0
+
+
+@pytest.mark.usefixtures("unchecked_types")
+def test_what_is_no_list_of_experts_is_refused_and_not_rounded() -> None:
+    wrong: list[Any] = [(3, 0), 5, ((1.5, 0),), ((1,),), ((1, 0, 3),), (("1", 0),), ((-1, 0),)]
+    for experts in wrong:
+        refused(lambda experts=experts: ScaleExperts(experts, 2.0), "ScaleExperts names")
+        refused(lambda experts=experts: BiasRouter(force_in=experts), "force_in, names")
+    refused(lambda: ScaleExperts((3, 0), 2.0), "((3, 0),)")
+    rows: list[Any] = [((1, 0),), (1, 0, 2.0), ((1.5, 0, 2.0),)]
+    for bias in rows:
+        refused(lambda bias=bias: BiasRouter(bias=bias), "bias, names")
+    assert ScaleExperts(torch.tensor([[3, 0]]), 2.0).experts == ((3, 0),)
 
 
 def test_no_directions_and_no_vectors_file(tmp_path: Path) -> None:
