@@ -218,6 +218,8 @@ class SteerableModel:
     def hear(self, listener: Listener, layers: Sequence[int] | None = None) -> Iterator[None]:
         """Call `listener(layer, routing, states)` with every choice of experts, after all writes.
 
+        A block that never calls its router is never heard, and nothing here says so; `routed` and `probes.collect` do.
+
         Args:
             listener: see `steer.routing.Listener`.
             layers: that have experts; None: all of them.
