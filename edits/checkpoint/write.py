@@ -4,8 +4,9 @@ Whoever changes a checkpoint says what the result holds, as `OutTensor`s, and ho
 change; whatever has no tensor of the result in it is carried over. A shard whose header stays as it is (same names,
 dtypes and shapes) keeps the header's bytes and the order behind it, and differs from its source in the made tensors
 alone. Any other gets a new header, wider dtypes first so that every tensor is aligned. In both, kept tensors go by
-kernel copy, neighbours in one call, and made ones piece by piece, so no tensor need fit in memory. The index is
-written anew where names, files or sizes changed. See `folder` for what a kill leaves behind.
+kernel copy, neighbours in one call, and made ones piece by piece, so no tensor need fit in memory. Where every byte lies
+is known before the first is written, so tensors may be made several at once. The index is written anew where names, files
+or sizes changed. See `folder` for what a kill leaves behind.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from itertools import zip_longest
+from itertools import accumulate, zip_longest
 from pathlib import Path
+from threading import Event, Lock
 from typing import Any
 
 from edits.checkpoint.folder import FileTask, FolderPlan, Progress, write_folder
@@ -89,6 +91,7 @@ def write_checkpoint(
     resume: bool = False,
     link: bool = False,
     hash_all: bool = False,
+    makers: int = 1,
     progress: Progress | None = None,
 ) -> Path:
     """Write a checkpoint into the new folder `out`, or finish one that was begun.
@@ -106,14 +109,15 @@ def write_checkpoint(
         resume: go on with `out.partial`; finished files are checked and skipped.
         link: share files that stay with the source by hard links, where the file system can.
         hash_all: hash every file while it is written; kept bytes then pass through this process.
-        progress: called with numbers of bytes; they add up to the size of the result.
+        makers: threads that make tensors, each another one; not with `hash_all`, which takes the bytes in order.
+        progress: called with numbers of bytes, by one thread at a time; they add up to the size of the result.
 
     Raises:
         SteerError: the output exists or lies inside a source; a partial folder is in the way, or was begun with another
             key; two tensors share a name; a name of a shard is no plain one; a source ends early; the disk refuses.
     """
     refuse_inside(out, {_root(file) for file in files})
-    tasks = checkpoint_tasks(tensors, files, texts or {}, link=link, hash_all=hash_all)
+    tasks = checkpoint_tasks(tensors, files, texts or {}, link=link, hash_all=hash_all, makers=makers)
     plan = FolderPlan([*extra, *tasks], key, seal, sealed)
     return write_folder(out, plan, resume=resume, progress=progress)
 
@@ -125,6 +129,7 @@ def checkpoint_tasks(
     *,
     link: bool = False,
     hash_all: bool = False,
+    makers: int = 1,
 ) -> list[FileTask]:
     """Return how to make each file of a checkpoint; arguments and errors as `write_checkpoint`."""
     _check(tensors)
@@ -143,7 +148,8 @@ def checkpoint_tasks(
         source = sources.get(name)
         parts = shard_parts(held, source)
         whole = source is not None and parts == [Copied(source.path, 0, source.size)]
-        tasks.append(parts_task(name, parts, source.path if link and source is not None and whole else None, hash_all))
+        linked = source.path if link and source is not None and whole else None
+        tasks.append(parts_task(name, parts, linked, hash_all, makers))
     tasks += [parts_task(name, [text.encode()], None, hash_all) for name, text in texts.items()]
     return sorted(tasks, key=lambda task: task.name)
 
@@ -252,7 +258,9 @@ def _root(file: SourceFile) -> Path:
     return file.path.parents[file.name.count("/")]
 
 
-def parts_task(name: str, parts: Sequence[Part], link: Path | None = None, hash_all: bool = False) -> FileTask:
+def parts_task(
+    name: str, parts: Sequence[Part], link: Path | None = None, hash_all: bool = False, makers: int = 1
+) -> FileTask:
     """Return how to write a file of these parts.
 
     Args:
@@ -260,10 +268,13 @@ def parts_task(name: str, parts: Sequence[Part], link: Path | None = None, hash_
         parts: in order.
         link: what may be linked instead.
         hash_all: note the hash of the whole file.
+        makers: as `write_checkpoint`.
     """
-    size = sum(len(part) if isinstance(part, bytes) else part.size for part in parts)
+    size = sum(map(_size, parts))
 
     def write(target: int, progress: Progress) -> Json:
+        if makers > 1 and not hash_all:
+            return write_together(target, parts, progress, makers)
         return write_parts(target, parts, progress, hash_all)
 
     def intact(path: Path, record: Json) -> bool:
@@ -306,12 +317,67 @@ def write_parts(target: int, parts: Sequence[Part], progress: Progress, hashed: 
                 progress(len(piece))
                 del piece  # A piece may be as large as a matrix, and the next is made now.
             if isinstance(part, OutTensor):
-                if position - begin != part.size:
-                    raise SteerError(f"{part.name} was made with {position - begin} bytes", f"{part.size} bytes")
-                records[part.name] = part.record()
+                records[part.name] = _recorded(part, position - begin)
             begun = None
     found: Json = {"tensors": records} if records else {}
     return found | ({"sha256": digest.hexdigest()} if digest is not None else {})
+
+
+def write_together(target: int, parts: Sequence[Part], progress: Progress, makers: int) -> Json:
+    """Write parts into an empty file, each at its place, several tensors at once, large ones first; return what to record.
+
+    Raises:
+        SteerError: as `write_parts`; the first that a thread meets stops the others.
+    """
+    starts = accumulate(map(_size, parts), initial=0)
+    placed = list(zip(parts, starts, strict=False))
+    tensors = [(part, start) for part, start in placed if isinstance(part, OutTensor)]
+    lock, stopped = Lock(), Event()
+
+    def told(count: int) -> None:
+        with lock:
+            progress(count)
+
+    def fill(tensor: OutTensor, begin: int) -> Json:
+        position = begin
+        for piece in _made(tensor):
+            if stopped.is_set():
+                return {}
+            write_all(target, piece, position)
+            position += len(piece)
+            told(len(piece))
+        return _recorded(tensor, position - begin)
+
+    with ThreadPoolExecutor(makers) as pool:
+        order = sorted(tensors, key=lambda placed: -placed[0].size)
+        filling = {tensor.name: pool.submit(fill, tensor, start) for tensor, start in order}
+        try:
+            for part, start in placed:
+                if isinstance(part, bytes):
+                    write_all(target, part, start)
+                    told(len(part))
+                elif isinstance(part, Copied):
+                    with part.path.open("rb") as source:
+                        _copy(source.fileno(), target, part, start, None, told)
+            for done in as_completed(filling.values()):
+                done.result()
+        except BaseException:
+            stopped.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    records = {tensor.name: filling[tensor.name].result() for tensor, _ in tensors}
+    return {"tensors": records} if records else {}
+
+
+def _size(part: Part) -> int:
+    return len(part) if isinstance(part, bytes) else part.size
+
+
+def _recorded(tensor: OutTensor, count: int) -> Json:
+    """Return what a tensor that was made notes, once its pieces are counted."""
+    if count != tensor.size:
+        raise SteerError(f"{tensor.name} was made with {count} bytes", f"{tensor.size} bytes")
+    return tensor.record()
 
 
 def _made(tensor: OutTensor) -> Iterator[Bytes]:
@@ -351,7 +417,7 @@ def _parts_intact(path: Path, parts: Sequence[Part], record: Json) -> bool:
     """Whether what this process made is as it was; what the kernel copied is taken on its size."""
     position = 0
     for part in parts:
-        size = len(part) if isinstance(part, bytes) else part.size
+        size = _size(part)
         if not isinstance(part, Copied):
             made = (
                 record.get("tensors", {}).get(part.name, {}).get("after")

@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from threading import local
 
 import numpy as np
 import torch
@@ -25,7 +26,8 @@ from steer.anatomy.headers import BYTES, Entry
 from steer.errors import SteerError
 
 CHUNK = 1 << 17
-WAITING = 16  # Finished pieces that may wait for the disk; a quarter of a megabyte each in bf16.
+MAKERS = 2
+"""Threads that merge, each another tensor. More would help on machines with more cores, up to what the disk takes."""
 TORCH = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
@@ -57,29 +59,24 @@ class Room:
     wide: Tensor = field(default_factory=lambda: torch.empty(CHUNK, dtype=torch.float64))
 
 
-class Rooms:
-    """Buffers by number, made at first use and shared by all tensors of a merge.
+class Rooms(local):
+    """Buffers, made at first use and shared by all tensors that a thread merges; every thread has its own.
 
     Attributes:
         spare: one more piece in float64.
+        out: what a piece goes out in.
     """
 
     def __init__(self) -> None:
         self.spare = torch.empty(CHUNK, dtype=torch.float64)
+        self.out = np.empty(CHUNK * 8, np.uint8)
         self._sources: list[Room] = []
-        self._out: list[np.ndarray[tuple[int], np.dtype[np.uint8]]] = []
 
     def source(self, number: int) -> Room:
         """Return the buffers of a source."""
         while len(self._sources) <= number:
             self._sources.append(Room())
         return self._sources[number]
-
-    def out(self, piece: int) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
-        """Return what a piece may go out in; it is used again once so many more were made as may wait."""
-        while len(self._out) <= WAITING:
-            self._out.append(np.empty(CHUNK * 8, np.uint8))
-        return self._out[piece % len(self._out)]
 
 
 @dataclass(frozen=True)
@@ -107,11 +104,6 @@ class Reader:
     def __init__(self, stored: Sequence[Stored], rooms: Rooms, files: Sequence[int]) -> None:
         self.stored, self._rooms, self._files = tuple(stored), rooms, files
         self.count = stored[0].count
-
-    @property
-    def many(self) -> bool:
-        """Whether there is more than one piece."""
-        return self.count > CHUNK
 
     def pieces(self, *which: int) -> Iterator[Piece]:
         """Yield piece after piece of the chosen sources, of all of them if none is named."""
@@ -167,4 +159,4 @@ def memory(sources: int, trims: bool = False) -> int:
         sources: how many are read side by side.
         trims: whether the edge of TIES is looked for, among `FEW` candidates.
     """
-    return sources * CHUNK * 16 + (7 + WAITING) * CHUNK * 8 + (3 * FEW * 8 if trims else 0)
+    return MAKERS * (sources * CHUNK * 16 + 8 * CHUNK * 8 + (3 * FEW * 8 if trims else 0))

@@ -1,8 +1,7 @@
 """From one job to the bytes that are written, with what is worth knowing about them: hash, changes, survival.
 
-Two threads work at once: one reads a piece, does its arithmetic and measures it while it is in the cache; the caller
-hashes and writes. Some pieces may wait for the caller, since a disk that falls behind holds its writer for a moment
-every so often.
+A piece is read, merged, measured, hashed and written by one thread, while it is in the cache of a core; `MAKERS` threads do
+so at once, each with another tensor.
 """
 
 from __future__ import annotations
@@ -10,11 +9,8 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
-from queue import SimpleQueue
-from threading import Event
-from typing import Any, TypeVar
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,11 +18,10 @@ from numpy.typing import NDArray
 
 from edits.checkpoint.stream import Bytes, Json
 from edits.merge.job import Job
-from edits.merge.pieces import TORCH, WAITING, Rooms, reading
+from edits.merge.pieces import TORCH, Rooms, reading
 from edits.merge.stream import STREAMS, Result, changes
 from steer.anatomy.headers import BYTES
 
-T = TypeVar("T")
 _WORD: dict[str, type[np.unsignedinteger[Any]]] = {
     "F64": np.uint64,
     "F32": np.uint32,
@@ -59,16 +54,14 @@ class Produced:
         """Yield the bytes in order; each piece is valid until the next."""
         self._begin()
         with reading(self._job.sources, self._rooms) as reader:
-            results = STREAMS[self._job.method](self._job, reader, self._note)
-            made = (self._made(number, result) for number, result in enumerate(results))
-            with ahead(made, WAITING) if reader.many else nullcontext(made) as pieces:
-                for data in pieces:
-                    self._hash.update(data.data)
-                    yield data
+            for result in STREAMS[self._job.method](self._job, reader, self._note):
+                data = self._made(result)
+                self._hash.update(data.data)
+                yield data
 
-    def _made(self, number: int, result: Result) -> Bytes:
+    def _made(self, result: Result) -> Bytes:
         job, size = self._job, result.numbers.numel()
-        data: Bytes = self._rooms.out(number)[: size * BYTES[job.dtype]]
+        data: Bytes = self._rooms.out[: size * BYTES[job.dtype]]
         stored = torch.from_numpy(data).view(TORCH[job.dtype])
         words: NDArray[Any] = data.view(_WORD[job.dtype])
         if self._changes:
@@ -113,40 +106,8 @@ class Produced:
 
 
 @contextmanager
-def ahead(pieces: Iterator[T], many: int) -> Iterator[Iterator[T]]:
-    """Make up to `many` pieces in a thread while earlier ones are worked on; errors come out where the piece would."""
-    made: SimpleQueue[T | None] = SimpleQueue()
-    wanted: SimpleQueue[None] = SimpleQueue()
-    over = Event()
-
-    def work() -> None:
-        try:
-            while wanted.get() is None and not over.is_set() and (piece := next(pieces, None)) is not None:
-                made.put(piece)
-        finally:
-            made.put(None)
-
-    with ThreadPoolExecutor(1) as thread:
-        working = thread.submit(work)
-
-        def given() -> Iterator[T]:
-            while (piece := made.get()) is not None:
-                yield piece
-                wanted.put(None)
-            working.result()
-
-        try:
-            for _ in range(many):
-                wanted.put(None)
-            yield given()
-        finally:
-            over.set()
-            wanted.put(None)
-
-
-@contextmanager
 def one_thread() -> Iterator[None]:
-    """Let torch compute in one thread each, here and in threads begun inside: sums have one order, and two of ours work."""
+    """Let torch compute in one thread each, here and in threads begun inside: sums have one order, and ours work at once."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

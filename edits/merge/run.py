@@ -16,7 +16,7 @@ from edits.checkpoint.write import OutTensor, refuse_inside, write_checkpoint
 from edits.merge.card import card
 from edits.merge.job import Job
 from edits.merge.manifest import MANIFEST, MergedModel, MergedTensor, MergeManifest
-from edits.merge.pieces import Rooms
+from edits.merge.pieces import MAKERS, Rooms
 from edits.merge.plan import MergePlan, dumped, plan
 from edits.merge.produce import Produced, one_thread
 from edits.merge.recipe import Recipe
@@ -118,7 +118,7 @@ def write(
 
     with one_thread():
         path = write_checkpoint(
-            out, tensors, made.files, key=key, seal=seal, sealed=sealed, texts=texts, resume=resume, link=link, progress=progress
+            out, tensors, made.files, key=key, seal=seal, sealed=sealed, texts=texts, resume=resume, link=link, makers=MAKERS, progress=progress
         )  # fmt: skip
     return Merged(path, MergeManifest.read(path))
 

@@ -20,7 +20,7 @@ from safetensors import safe_open
 
 from edits.checkpoint import stream
 from edits.checkpoint.stream import copy_range, read_exactly, safetensors_header, write_all
-from edits.checkpoint.write import Copied, OutTensor, write_parts
+from edits.checkpoint.write import Copied, OutTensor, write_parts, write_together
 from steer.errors import SteerError
 
 SIZE = 100_003
@@ -102,9 +102,9 @@ def test_a_source_that_ends_early_is_an_error(
 
 
 @settings(max_examples=40, deadline=None)
-@given(cuts=st.lists(st.integers(0, SIZE), max_size=8, unique=True), pieces=st.integers(1, 3))
+@given(cuts=st.lists(st.integers(0, SIZE), max_size=8, unique=True), pieces=st.integers(1, 3), makers=st.integers(1, 3))
 def test_made_ranges_are_written_between_copied_ones_and_nothing_else(
-    tmp_path_factory: pytest.TempPathFactory, cuts: list[int], pieces: int
+    tmp_path_factory: pytest.TempPathFactory, cuts: list[int], pieces: int, makers: int
 ) -> None:
     folder = tmp_path_factory.mktemp("parts")
     data = np.random.default_rng(1).integers(0, 256, SIZE, dtype=np.uint8)
@@ -128,14 +128,17 @@ def test_made_ranges_are_written_between_copied_ones_and_nothing_else(
     counted: list[int] = []
     target = os.open(folder / "target", os.O_RDWR | os.O_CREAT)
     try:
-        records = write_parts(target, parts, counted.append, hashed=pieces == 2)
+        if makers > 1:
+            records = write_together(target, parts, counted.append, makers)
+        else:
+            records = write_parts(target, parts, counted.append, hashed=pieces == 2)
     finally:
         os.close(target)
     assert (folder / "target").read_bytes() == expected.tobytes()
     made = [number for number in range(len(bounds) - 1) if number % 2]
     assert [record["n"] for record in records.get("tensors", {}).values()] == made
     assert sum(counted) == SIZE
-    assert pieces != 2 or records["sha256"] == hashlib.sha256(expected.tobytes()).hexdigest()
+    assert makers > 1 or pieces != 2 or records["sha256"] == hashlib.sha256(expected.tobytes()).hexdigest()
 
 
 @pytest.mark.parametrize("source_ends", [False, True])
@@ -154,6 +157,37 @@ def test_what_goes_wrong_while_a_tensor_is_made_ahead_is_raised(tmp_path: Path, 
     try:
         with pytest.raises(SteerError, match="ends at byte 100" if source_ends else "cannot be made"):
             write_parts(target, parts, lambda count: None)
+    finally:
+        os.close(target)
+
+
+def test_what_one_maker_meets_stops_the_others(tmp_path: Path) -> None:
+    asked: list[int] = []
+
+    def broken() -> Iterator[stream.Bytes]:
+        yield np.zeros(1, dtype=np.uint8)
+        raise SteerError("the tensor cannot be made", "one that can")
+
+    def endless() -> Iterator[stream.Bytes]:
+        for number in range(10**6):
+            asked.append(number)
+            yield np.zeros(1, dtype=np.uint8)
+
+    makes = {"endless": (10**6, endless), "broken": (4, broken), "late": (2, endless)}
+    parts = [OutTensor(name, "U8", (size,), "target", make=make) for name, (size, make) in makes.items()]
+    target = os.open(tmp_path / "target", os.O_RDWR | os.O_CREAT)
+    try:
+        with pytest.raises(SteerError, match="cannot be made"):
+            write_together(target, parts, lambda count: None, 2)
+    finally:
+        os.close(target)
+    assert len(asked) < 10**6
+
+    wrong = [OutTensor("short", "U8", (4,), "target", make=partial(iter, [np.zeros(3, dtype=np.uint8)]))]
+    target = os.open(tmp_path / "target", os.O_RDWR)
+    try:
+        with pytest.raises(SteerError, match="was made with 3 bytes"):
+            write_together(target, wrong, lambda count: None, 2)
     finally:
         os.close(target)
 
