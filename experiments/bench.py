@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from experiments.evaluate import evaluate
 from experiments.run import Run
 from steer.errors import SteerError
@@ -112,14 +110,3 @@ def clear_own(folder: Path) -> None:
             "Remove it, or choose another with --out",
         )
     shutil.rmtree(folder)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """So tiny a model is slower on several threads, and its bytes then depend on their number."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

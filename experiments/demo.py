@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from edits.agreement import Agreement
 from edits.thinkedit import thinkedit
 from edits.verify import verify
-from experiments.bench import PLAIN, RESULT, Bench, Tell, one_thread, own_folder, refuse_existing
+from experiments.bench import PLAIN, RESULT, Bench, Tell, own_folder, refuse_existing
 from experiments.curve import Curve, steering_curve, steering_for
 from experiments.demo_probes import Probed, carried, control_seed, judged, recorders, side_effects
 from experiments.demo_result import DemoResult, Edit
@@ -30,6 +30,7 @@ from steer.errors import SteerError
 from steer.files import write_text
 from steer.generation import Sampling
 from steer.model import load
+from steer.threads import one_thread
 
 if TYPE_CHECKING:
     from probes.collect.summary import Summary
@@ -122,7 +123,7 @@ def demo(
     out = Path(out)
     refuse_existing(out)
     began = time.monotonic()
-    with one_thread():
+    with one_thread():  # So tiny a model is slower on several.
         return _demo(load(model), out, seed, plan, tell or (lambda *_: None), began)
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from edits.agreement import Agreement
 from edits.experts import expert_patch
 from edits.verify import verify
-from experiments.bench import PLAIN, RESULT, Bench, Tell, one_thread, own_folder, refuse_existing
+from experiments.bench import PLAIN, RESULT, Bench, Tell, own_folder, refuse_existing
 from experiments.demo_experts_result import ExpertDemoResult, Scaled, Twin
 from experiments.run import Run
 from probes.collect.run import collect
@@ -30,6 +30,7 @@ from steer.files import write_text
 from steer.generation import Sampling
 from steer.model import load
 from steer.steering import Steering
+from steer.threads import one_thread
 
 if TYPE_CHECKING:
     from steer.expert_scores import ExpertScores
@@ -112,7 +113,7 @@ def demo_experts(
     out = Path(out)
     refuse_existing(out)
     began = time.monotonic()
-    with one_thread():
+    with one_thread():  # So tiny a model is slower on several.
         base, other = load(model), load(twin)
         for each in (base, other):
             if each.card is None or not each.anatomy.expert_layers:

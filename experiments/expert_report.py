@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING
 from markupsafe import Markup
 
 from experiments import expert_charts, expert_wording, wording
-from experiments.page import Example, chosen_examples, filled, is_short
+from experiments.page import Example, chosen_examples, filled
 from steer.files import write_text
-from steer.trace import Trace
 
 if TYPE_CHECKING:
     from experiments.demo_experts_result import ExpertDemoResult
@@ -57,20 +56,6 @@ def examples(result: ExpertDemoResult) -> list[Example]:
     """Replies of three kinds, beside those without the experts and with a random pair."""
     strong = result.plan.edited
 
-    def repaired(before: Trace, after: Trace) -> bool:
-        return is_short(result.baseline, before) and not before.correct and bool(after.correct)
-
-    def same(before: Trace, after: Trace) -> bool:
-        return bool(before.correct and after.correct) and not is_short(result.baseline, before)
-
-    def harmed(before: Trace, after: Trace) -> bool:
-        return bool(before.correct) and not after.correct
-
-    kinds = (
-        ("A short thought became a full one", repaired),
-        ("Nothing that matters changed", same),
-        ("The factor did harm, or chance did", harmed),
-    )
     first = result.found.betas[0]
     forms = (
         ("unchanged", result.baseline),
@@ -78,7 +63,15 @@ def examples(result: ExpertDemoResult) -> list[Example]:
         (f"the experts found × {first:g}", result.found.at(first)),
         (f"{result.controls[0].name} × {strong:g}", result.controls[0].at(strong)),
     )
-    return chosen_examples(kinds, result.baseline, result.edited, forms, result.card["marks"])
+    return chosen_examples(
+        "A short thought became a full one",
+        "Nothing that matters changed",
+        "The factor did harm, or chance did",
+        result.baseline,
+        result.edited,
+        forms,
+        result.card["marks"],
+    )
 
 
 def provenance(result: ExpertDemoResult) -> list[tuple[str, str]]:

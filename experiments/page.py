@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
@@ -33,10 +33,6 @@ class Example:
     replies: tuple[tuple[str, Markup, str, bool], ...]
 
 
-Fits = Callable[[Trace, Trace], bool]
-"""Whether a reply before and after a change is an example of a kind."""
-
-
 def filled(template: str, **given: Any) -> str:
     """The HTML of a template of `experiments/templates`; a name that is missing there is an error."""
     environment = Environment(
@@ -65,30 +61,39 @@ def entry(run: Run, *path: str) -> dict[str, Any]:
 
 
 def chosen_examples(
-    kinds: Sequence[tuple[str, Fits]],
+    repaired: str,
+    same: str,
+    harmed: str,
     before: Run,
     after: Run,
     forms: Sequence[tuple[str, Run]],
     marks: Mapping[str, str],
 ) -> list[Example]:
-    """Replies to the first questions, in the order of the run, of several kinds; kinds without a question are left out.
+    """Replies to the first question, in the order of the run, of each of three kinds; kinds without a question are left out.
 
     The sampling of a question uses the same random numbers in every form of the model, so that what differs is the
     change.
 
     Args:
-        kinds: what each is an example of, and which pairs of replies are.
+        repaired: what is said of a short wrong thought that became right.
+        same: of a full right one that stayed right.
+        harmed: of a right one that became wrong.
         before, after: the runs whose replies are such pairs.
         forms: headings and runs that are shown.
         marks: `opening` and `closing`.
     """
-    pairs = list(zip(before.traces, after.traces, strict=True))
-    found = []
-    for why, fits in kinds:
-        place = next((index for index, pair in enumerate(pairs) if fits(*pair)), None)
-        if place is not None:
-            found.append(_example(why, place, forms, marks))
-    return found
+    kinds = [_kind(before, *pair) for pair in zip(before.traces, after.traces, strict=True)]
+    said = {"repaired": repaired, "same": same, "harmed": harmed}
+    return [_example(why, kinds.index(kind), forms, marks) for kind, why in said.items() if kind in kinds]
+
+
+def _kind(run: Run, before: Trace, after: Trace) -> str | None:
+    """What a pair of replies is an example of, if of anything."""
+    if before.correct and not after.correct:
+        return "harmed"
+    if after.correct and is_short(run, before) != bool(before.correct):
+        return "same" if before.correct else "repaired"
+    return None
 
 
 def is_short(run: Run, trace: Trace) -> bool:

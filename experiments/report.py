@@ -16,10 +16,9 @@ from markupsafe import Markup
 
 from experiments import charts, probe_charts, probe_wording, wording
 from experiments.charts import Series
-from experiments.page import Example, chosen_examples, filled, interval, is_short
+from experiments.page import Example, chosen_examples, filled, interval
 from steer.files import write_text
 from steer.intervals import Interval
-from steer.trace import Trace
 
 if TYPE_CHECKING:
     from experiments.curve import Curve
@@ -150,28 +149,21 @@ def _slopes(result: DemoResult) -> list[tuple[str, str]]:
 
 def examples(result: DemoResult) -> list[Example]:
     """Replies of three kinds, beside those of both ends of the steering."""
-
-    def repaired(before: Trace, after: Trace) -> bool:
-        return is_short(result.baseline, before) and not before.correct and bool(after.correct)
-
-    def same(before: Trace, after: Trace) -> bool:
-        return bool(before.correct and after.correct) and not is_short(result.baseline, before)
-
-    def harmed(before: Trace, after: Trace) -> bool:
-        return bool(before.correct) and not after.correct
-
-    kinds = (
-        ("The edit turned a short thought into a full one", repaired),
-        ("The edit changed nothing that matters", same),
-        ("The edit did harm, or chance did", harmed),
-    )
     forms = (
         ("unchanged", result.baseline),
         ("ThinkEdit", result.edit.run),
         (f"steered by {charts.number(result.curve.coefficients[0])}", result.curve.runs[0]),
         (f"steered by {charts.number(result.curve.coefficients[-1])}", result.curve.runs[-1]),
     )
-    return chosen_examples(kinds, result.baseline, result.edit.run, forms, result.card["marks"])
+    return chosen_examples(
+        "The edit turned a short thought into a full one",
+        "The edit changed nothing that matters",
+        "The edit did harm, or chance did",
+        result.baseline,
+        result.edit.run,
+        forms,
+        result.card["marks"],
+    )
 
 
 def provenance(result: DemoResult) -> list[tuple[str, str]]:

@@ -361,10 +361,9 @@ def write_together(target: int, parts: Sequence[Part], progress: Progress, maker
                         _copy(source.fileno(), target, part, start, None, told)
             for done in as_completed(filling.values()):
                 done.result()
-        except BaseException:
+        finally:  # Where all went well nothing is left to stop.
             stopped.set()
             pool.shutdown(wait=False, cancel_futures=True)
-            raise
     records = {tensor.name: filling[tensor.name].result() for tensor, _ in tensors}
     return {"tensors": records} if records else {}
 

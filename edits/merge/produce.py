@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -103,17 +102,6 @@ class Produced:
             "filled": job.filled,
         }
         return found | self._note
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Let torch compute in one thread each, here and in threads begun inside: sums have one order, and ours work at once."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _sum(parts: list[float]) -> float:

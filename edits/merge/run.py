@@ -18,11 +18,12 @@ from edits.merge.job import Job
 from edits.merge.manifest import MANIFEST, MergedModel, MergedTensor, MergeManifest
 from edits.merge.pieces import MAKERS, Rooms
 from edits.merge.plan import MergePlan, dumped, plan
-from edits.merge.produce import Produced, one_thread
+from edits.merge.produce import Produced
 from edits.merge.recipe import Recipe
 from steer.anatomy.headers import Entry, read_headers
 from steer.errors import SteerError
 from steer.identity import canonical
+from steer.threads import one_thread
 
 
 @dataclass(frozen=True)
