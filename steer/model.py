@@ -121,6 +121,12 @@ class SteerableModel:
         return dtype
 
     @property
+    def longest(self) -> int | None:
+        """How many positions the configuration allows; None where it does not say."""
+        value = getattr(self.hf.config.get_text_config(), "max_position_embeddings", None)
+        return value if isinstance(value, int) and value > 0 else None
+
+    @property
     def in_force(self) -> tuple[tuple[Change, float], ...]:
         """(change, coefficient) under which this view runs now: of the open contexts, then its own not yet entered."""
         return (*self.taps.entered, *self._waiting())

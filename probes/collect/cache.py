@@ -22,7 +22,7 @@ from typing import Any
 
 from torch import Tensor
 
-from probes.collect.cache_key import model_key, source_hash, versions
+from probes.collect.cache_key import source_hash, versions
 from probes.collect.job import Job
 from probes.collect.recorders import Prepared
 from probes.collect.store import naming_the_file
@@ -98,9 +98,9 @@ class Cache:
 
 def open_cache(folder: Path, job: Job) -> Cache:
     """Return the cache as the job sees it; nothing is written yet."""
-    if UNKNOWN in job.model.change_ids:
+    if UNKNOWN in job.reader.model.change_ids:
         return Cache(folder, (), "a change in force is a function, which has no fingerprint")
-    model = model_key(job.model)
+    model = job.reader.key()
     if model is None:
         return Cache(folder, (), "the weights are not in memory, and the hash of their files is not known")
     shared = {

@@ -5,21 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from probes.collect.hooked import HookReader
 from probes.collect.means import HeadMeans, SpanMeans
 from probes.collect.plan import Plan, make_plan
+from probes.collect.reader import Model, Reader
 from probes.collect.recorders import Kept, Layers, Prepared, Recorder
 from probes.collect.summary_file import KIND, describe
 from probes.collect.trace_source import by_id
 from steer import artifacts
 from steer.errors import SteerError
+from steer.model import SteerableModel
 from steer.traces import Trace, Traces
-
-if TYPE_CHECKING:
-    from steer.model import SteerableModel
 
 SITES = ("resid_mid", "z")
 SPANS = ("predicts_thinking",)
@@ -77,7 +77,7 @@ class Job:
     """A collection that is ready to run.
 
     Attributes:
-        model: that will read.
+        reader: that will read.
         recorders: as chosen.
         prepared: the same, knowing the model.
         plan: its traces.
@@ -85,7 +85,7 @@ class Job:
         options: as given.
     """
 
-    model: SteerableModel
+    reader: Reader
     recorders: tuple[Recorder, ...]
     prepared: tuple[Prepared, ...]
     plan: Plan
@@ -93,11 +93,13 @@ class Job:
     options: Options
 
 
-def prepare(model: SteerableModel, traces: Traces | Iterable[Trace] | str | Path, options: Options) -> Job:
+def prepare(reads: SteerableModel | Reader, traces: Traces | Iterable[Trace] | str | Path, options: Options) -> Job:
     """Return the job of reading `traces`; errors as `probes.collect`."""
+    reader = HookReader(reads) if isinstance(reads, SteerableModel) else reads
+    model = reader.model
     recorders = options.chosen_recorders()
     layers = _layers(model, options.layers)
-    prepared = tuple(recorder.prepare(model, layers) for recorder in recorders)
+    prepared = tuple(reader.prepare(recorder, layers) for recorder in recorders)
     keeps = _keeps(prepared, options.keep)
     spans = tuple(dict.fromkeys(span for one in prepared for span in one.spans))
     plan = make_plan(
@@ -124,7 +126,7 @@ def prepare(model: SteerableModel, traces: Traces | Iterable[Trace] | str | Path
         "plan_bytes": plan.plan_bytes,
         "quantities": {name: describe(kept) for name, kept in keeps.items()},
     }
-    return Job(model, recorders, prepared, plan, meta, options)
+    return Job(reader, recorders, prepared, plan, meta, options)
 
 
 def _label(options: Options) -> Callable[[Trace], str | None] | None:
@@ -169,7 +171,7 @@ def _counted(made: Plan, max_tokens: int | None) -> dict[str, Any]:
     }
 
 
-def _layers(model: SteerableModel, layers: Sequence[int] | None) -> Layers:
+def _layers(model: Model, layers: Sequence[int] | None) -> Layers:
     count = model.anatomy.layers
     found = tuple(range(count)) if layers is None else tuple(sorted(set(layers)))
     if not found or found[0] < 0 or found[-1] >= count:

@@ -1,22 +1,17 @@
-"""One shard: its traces through the backbone in batches, and what becomes of the recorders' rows."""
+"""One shard: its traces through the model in batches, and what becomes of the recorders' rows."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from probes.collect.job import DTYPES, Job
-from probes.collect.recorders import Batch, Kept, Layers, Pass, Prepared
+from probes.collect.recorders import Batch, Kept, Prepared
 from probes.collect.rows import Row, group_of, row_of
 from steer.errors import SteerError
 from steer.shards import Shard
-
-if TYPE_CHECKING:
-    from steer.model import SteerableModel
 
 
 def read_shard(
@@ -39,7 +34,7 @@ def read_shard(
         ids = [trace.id for trace in batch.traces]
         for place, trace in enumerate(batch.traces):
             known[trace.id] = row_of(trace, {span: where[place] for span, where in batch.positions.items()})
-        for key, values in (read_batch(job.model, wanted, batch) if wanted else {}).items():
+        for key, values in (job.reader.read(wanted, batch) if wanted else {}).items():
             _check(key, values, batch, job.plan.keeps)
             found.setdefault(key, {}).update(zip(ids, values, strict=True))
     rows = tuple(known[name] for name in shard.ids)
@@ -71,44 +66,6 @@ def _grouped(
         for key, values in joined.items()
     }
     return tuple(group_of(label, part) for label, part in zip(labels, members, strict=True)), sums
-
-
-def read_batch(model: SteerableModel, prepared: Sequence[Prepared], batch: Batch) -> dict[str, list[Tensor]]:
-    """Run the backbone once over a batch and return every recorder's rows, one tensor per trace, on the CPU."""
-    passes: list[Pass] = [one.start(batch) for one in prepared]
-    reads: dict[str, Layers] = {}
-    for one in prepared:
-        for site, layers in one.reads.items():
-            reads[site] = tuple(sorted({*reads.get(site, ()), *layers}))
-    wants = [{site: frozenset(layers) for site, layers in one.reads.items()} for one in prepared]
-
-    def callback(site: str, layer: int, value: Tensor, states: Tensor | None) -> None:
-        for wanted, taking in zip(wants, passes, strict=True):
-            if layer in wanted.get(site, ()):
-                taking.observe(site, layer, value)
-
-    with ExitStack() as stack:
-        stack.enter_context(model.read(callback, reads))
-        for one, taking in zip(prepared, passes, strict=True):
-            if one.within is not None:
-                stack.enter_context(one.within(taking))
-        final = model.run(
-            [trace.tokens for trace in batch.traces],
-            [trace.prompt_length for trace in batch.traces],
-            [trace.generation_prompt_start for trace in batch.traces],
-            head=False,
-        )
-    rows: dict[str, list[Tensor]] = {}
-    for one, taking in zip(prepared, passes, strict=True):
-        found = taking.rows(final)
-        missing = [name for name in one.keeps if name not in found]
-        if missing:
-            raise SteerError(
-                f"a recorder returned no {missing[0]}", "all that it said in `prepare`", "Correct the recorder"
-            )
-        for key, values in found.items():
-            rows[key] = list(values.cpu()) if isinstance(values, Tensor) else [value.cpu() for value in values]
-    return rows
 
 
 def _check(key: str, values: Sequence[Tensor], batch: Batch, keeps: Mapping[str, Kept]) -> None:

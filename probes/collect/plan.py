@@ -14,19 +14,16 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 
+from probes.collect.reader import Model
 from probes.collect.recorders import Batch, Kept
 from steer.errors import SteerError
 from steer.identity import digest
 from steer.shards import Shard, cut
 from steer.spans import span_positions
 from steer.traces import Trace, trace_line
-
-if TYPE_CHECKING:
-    from steer.model import SteerableModel
 
 Positions = dict[str, Sequence[int]]
 Finder = Callable[[Trace], Positions]
@@ -107,7 +104,7 @@ def batch_of(traces: Sequence[Trace], find: Finder) -> Batch:
 
 
 def make_plan(
-    model: SteerableModel,
+    model: Model,
     traces: Mapping[str, Trace],
     spans: Sequence[str],
     keeps: Mapping[str, Kept],
@@ -130,7 +127,7 @@ def make_plan(
     Raises:
         SteerError: a token id outside the vocabulary, or no trace left to read.
     """
-    limit = min(max_tokens or math.inf, model_limit(model) or math.inf)
+    limit = min(max_tokens or math.inf, model.longest or math.inf)
     find = finder(model, spans)
     tally = _Tally(keeps, limit)
 
@@ -205,7 +202,7 @@ class _Tally:
         return None if wanted else NO_SPAN
 
 
-def finder(model: SteerableModel, spans: Sequence[str]) -> Finder:
+def finder(model: Model, spans: Sequence[str]) -> Finder:
     """Return what finds the positions of these spans in a trace."""
     return lambda trace: {span: _compact(span_positions(span, trace, model.marks, model.tokenizer)) for span in spans}
 
@@ -213,12 +210,6 @@ def finder(model: SteerableModel, spans: Sequence[str]) -> Finder:
 def traces_hash(traces: Iterable[Trace]) -> str:
     """Return the hash of traces, whatever their order."""
     return digest(trace_line(trace).encode() for trace in sorted(traces, key=lambda trace: trace.id))
-
-
-def model_limit(model: SteerableModel) -> int | None:
-    """Return how many positions the model's configuration allows; None where it does not say."""
-    value = getattr(model.hf.config.get_text_config(), "max_position_embeddings", None)
-    return value if isinstance(value, int) and value > 0 else None
 
 
 def _compact(positions: list[int]) -> Sequence[int]:

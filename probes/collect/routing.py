@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from probes.collect.reader import Model
 from probes.collect.recorders import Batch, Kept, Layers, Pass, Prepared
 from steer.errors import SteerError
 from steer.routing import Routing
@@ -60,6 +61,10 @@ class RouterCounts:
         return {"spans": list(self.spans)}
 
     def prepare(self, model: SteerableModel, layers: Layers) -> Prepared:
+        """Return what it keeps, and how it hears the routers; errors as `kept`."""
+        return replace(self.kept(model, layers), within=partial(_heard, model))
+
+    def kept(self, model: Model, layers: Layers) -> Prepared:
         """Return what it keeps, for those of the layers that have experts.
 
         Raises:
@@ -80,13 +85,7 @@ class RouterCounts:
             keeps[f"{COUNT}/{span}"] = Kept(shape, having, place, "sum", torch.int32)
             keeps[f"{WEIGHT}/{span}"] = Kept(shape, having, place, "sum", torch.float32)
         named = tuple(span for span in self.spans if span != ALL)
-        return Prepared(
-            {},
-            named,
-            keeps,
-            lambda batch: _RouterPass(batch, self.spans, having, anatomy.experts),
-            partial(_heard, model),
-        )
+        return Prepared({}, named, keeps, lambda batch: _RouterPass(batch, self.spans, having, anatomy.experts))
 
 
 def _heard(model: SteerableModel, one: Pass) -> AbstractContextManager[None]:

@@ -20,6 +20,7 @@ from probes.collect.job import BATCH_TOKENS, SITES, SPANS, Job, Options, prepare
 from probes.collect.pass_ import read_shard
 from probes.collect.plan import Plan
 from probes.collect.progress import Meter, Progress
+from probes.collect.reader import Reader
 from probes.collect.recorders import Recorder
 from probes.collect.rows import Row
 from probes.collect.store import FileShard, MemoryShard, write_shard
@@ -40,7 +41,7 @@ Keep = Callable[[Shard, tuple[Row, ...], Mapping[str, Tensor], float], None]
 
 
 def collect(
-    model: SteerableModel,
+    model: SteerableModel | Reader,
     traces: Traces | Iterable[Trace] | str | Path,
     out: str | Path | None = None,
     *,
@@ -63,7 +64,7 @@ def collect(
     the same arguments, and each holds the whole model.
 
     Args:
-        model: read with its interventions active, if it is a view.
+        model: read with its interventions active, if it is a view; or another reader (`probes.collect.vllm`).
         traces: of this model's tokenizer; or the path of a run, which is then read line by line and never held.
         out: folder to write; None keeps everything in memory.
         sites: for the default recorders, `SpanMeans` and, where `z` is among the sites, `HeadMeans`.
@@ -111,7 +112,9 @@ def check_out(folder: Path, resume: bool) -> None:
         )
 
 
-def plan(model: SteerableModel, traces: Traces | Iterable[Trace] | str | Path, options: Options | None = None) -> Plan:
+def plan(
+    model: SteerableModel | Reader, traces: Traces | Iterable[Trace] | str | Path, options: Options | None = None
+) -> Plan:
     """Return what `collect` with these options would do, without running the model; errors as there."""
     return prepare(model, traces, options or Options()).plan
 
@@ -126,7 +129,7 @@ def _on_disk(job: Job, folder: Path, meter: Meter) -> Summary:
     key = {**job.meta, "groups": job.plan.groups}
 
     def begin() -> None:
-        if UNKNOWN in job.model.change_ids and (folder / "journal").is_dir():
+        if UNKNOWN in job.reader.model.change_ids and (folder / "journal").is_dir():
             raise SteerError(
                 "a Custom function has no fingerprint, so nobody can say whether it is the one the summary was begun with",
                 "changes with a fingerprint",
@@ -147,7 +150,7 @@ def _on_disk(job: Job, folder: Path, meter: Meter) -> Summary:
 
     def keep(shard: Shard, rows: tuple[Row, ...], tensors: Mapping[str, Tensor], seconds: float) -> None:
         story = artifacts.provenance(
-            model=job.model.identity,
+            model=job.reader.model.identity,
             data_hash=job.plan.traces_hash,
             data_count=len(rows),
             convention="one row per trace or group",

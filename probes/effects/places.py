@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from probes.collect.plan import model_limit
 from steer.errors import SteerError
 from steer.spans import span_positions
 from steer.trace import Trace
@@ -69,7 +68,7 @@ def choose(
     Raises:
         SteerError: no trace is left or none has a thought though it is required, a token id lies outside the vocabulary, two traces share an id.
     """
-    limit = min(max_tokens or math.inf, model_limit(model) or math.inf)
+    limit = min(max_tokens or math.inf, model.longest or math.inf)
     left_out: Counter[str] = Counter()
     found: list[tuple[Trace, Where]] = []
     for trace in sorted(traces, key=lambda trace: trace.id):

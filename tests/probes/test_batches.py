@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from probes.collect.hooked import read_batch
 from probes.collect.named import RECORDERS, parse
-from probes.collect.pass_ import read_batch
 from probes.collect.plan import batch_of, finder
 from probes.collect.recorders import Prepared
 from steer.model import SteerableModel
