@@ -1,0 +1,89 @@
+"""The entry point of `vllm.general_plugins`: called in every process of vLLM, before anything is loaded.
+
+It changes nothing of an engine that was not given `additional_config["steering"]`: each hook below asks for that first.
+"""
+
+from __future__ import annotations
+
+from functools import wraps
+from typing import Any
+
+_registered = False
+
+
+def register() -> None:
+    """Put the hooks in place, once per process."""
+    global _registered
+    if _registered:
+        return
+    _registered = True
+    _hook_workers()
+    _hook_engine_core()
+    _hook_front()
+
+
+def _hook_workers() -> None:
+    """After a worker has loaded its model, before it is profiled, compiled or captured."""
+    from steer.backends.vllm.worker import worker_classes
+
+    for cls in worker_classes():
+        if "load_model" in vars(cls):
+            cls.load_model = _after_load(cls.load_model)
+
+
+def _after_load(original: Any) -> Any:
+    @wraps(original)
+    def load_model(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        from steer.backends.vllm.config import Declared
+
+        declared = Declared.from_config(self.vllm_config.additional_config)
+        if declared is not None and getattr(self, "steer", None) is None:
+            from steer.backends.vllm.worker import Worker
+
+            self.steer = Worker(self, declared)
+        return result
+
+    return load_model
+
+
+def _hook_engine_core() -> None:
+    from vllm.v1.engine.core import EngineCore
+
+    original, preprocess = EngineCore.__init__, EngineCore.preprocess_add_request
+
+    @wraps(original)
+    def make(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        from steer.backends.vllm.engine import Core
+
+        self.steer = Core.of(vllm_config)
+        original(self, vllm_config, *args, **kwargs)
+
+    @wraps(preprocess)
+    def preprocess_add_request(self: Any, request: Any) -> Any:
+        if self.steer is not None:
+            self.steer.admit(request)
+        return preprocess(self, request)
+
+    EngineCore.__init__, EngineCore.preprocess_add_request = make, preprocess_add_request
+
+
+def _hook_front() -> None:
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    original, process = InputProcessor.__init__, InputProcessor.process_inputs
+
+    @wraps(original)
+    def make(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        from steer.backends.vllm.engine import Front
+
+        original(self, vllm_config, *args, **kwargs)
+        self.steer = Front.of(vllm_config)
+
+    @wraps(process)
+    def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
+        request = process(self, *args, **kwargs)
+        self.steer.resolve(request)
+        return request
+
+    InputProcessor.__init__, InputProcessor.process_inputs = make, process_inputs

@@ -1,0 +1,45 @@
+"""vLLM's first model runner: a step's rows are told right before its forward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from steer.backends.vllm.rows import Rows, Span
+from steer.errors import SteerError
+
+
+def follow(runner: Any, rows: Rows) -> None:
+    """Tell `rows` of every step of a `GPUModelRunner` (or `CPUModelRunner`).
+
+    Raises:
+        SteerError: the runner has no place where a forward begins.
+    """
+    original = getattr(runner, "_model_forward", None)
+    if original is None:
+        raise SteerError(f"vLLM's {type(runner).__name__} has no _model_forward", "the runner of a supported version")
+
+    def _model_forward(*args: Any, **kwargs: Any) -> Any:
+        spans = _spans(runner, rows)
+        tokens = sum(span.count for span in spans)
+        rows.step(spans, runner.input_ids.gpu[:tokens])
+        return original(*args, **kwargs)
+
+    runner._model_forward = _model_forward
+
+
+def _spans(runner: Any, rows: Rows) -> list[Span]:
+    batch, starts = runner.input_batch, runner.query_start_loc.np
+    rows.keep(runner.requests)
+    spans = []
+    for index, request_id in enumerate(batch.req_ids):
+        state = runner.requests[request_id]
+        if request_id not in rows:
+            extra = None if state.sampling_params is None else state.sampling_params.extra_args
+            rows.add(request_id, extra, _known(state))
+        start, end = int(starts[index]), int(starts[index + 1])
+        spans.append(Span(request_id, start, end - start, int(batch.num_computed_tokens_cpu[index])))
+    return spans
+
+
+def _known(state: Any) -> Any:
+    return lambda: [*(state.prompt_token_ids or ()), *state.output_token_ids]

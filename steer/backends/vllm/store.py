@@ -1,0 +1,87 @@
+"""The store: steerings by what they do, in a folder that every process of an engine can read.
+
+    STORE/FINGERPRINT/steering.yaml (+ steering.safetensors)
+
+What lies there is never changed: a steering file that is edited under a running server is another fingerprint, and
+requests that were admitted before keep what they were admitted with.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections import OrderedDict
+from pathlib import Path
+
+from steer.errors import SteerError
+from steer.steering import Steering
+
+KEPT = 256
+"""Steerings that a process keeps in memory."""
+
+
+class Store:
+    """A folder of steerings, named by their fingerprints.
+
+    Args:
+        folder: exists, on every machine that takes part.
+
+    Raises:
+        SteerError: there is no such folder.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise SteerError(
+                f"there is no store of steerings {self.folder}",
+                "a folder that every machine of the engine can read",
+                "Give a folder on a shared disk (--store)",
+            )
+        self._read: OrderedDict[str, Steering] = OrderedDict()
+
+    def put(self, steering: Steering) -> str:
+        """Keep a steering and return its fingerprint; what is there already stays.
+
+        Raises:
+            SteerError: a `Custom` function takes part, which cannot be written down.
+            OSError: the disk or the permissions refuse.
+        """
+        base = steering.fingerprint
+        if not (self.folder / base).is_dir():
+            beside = Path(tempfile.mkdtemp(prefix=".new-", dir=self.folder))
+            try:
+                steering.save(beside / "steering.yaml")
+                beside.chmod(0o755)
+                beside.rename(self.folder / base)
+            except OSError:
+                if not (self.folder / base).is_dir():  # Another process may have been faster.
+                    raise
+            finally:
+                shutil.rmtree(beside, ignore_errors=True)
+        self._keep(base, steering)
+        return base
+
+    def get(self, base: str) -> Steering:
+        """Return a steering.
+
+        Raises:
+            SteerError: there is none, it is damaged, or does something else than its name says.
+        """
+        if base in self._read:
+            self._read.move_to_end(base)
+            return self._read[base]
+        path = self.folder / base / "steering.yaml"
+        if not base.isalnum() or not path.is_file():
+            raise SteerError(f"the store {self.folder} has no steering {base[:40]!r}", "one that was put there")
+        steering = Steering.load(path)
+        if steering.fingerprint != base:
+            raise SteerError(f"{path} is the steering {steering.fingerprint}", f"{base}, as its folder says")
+        self._keep(base, steering)
+        return steering
+
+    def _keep(self, base: str, steering: Steering) -> None:
+        self._read[base] = steering
+        self._read.move_to_end(base)
+        while len(self._read) > KEPT:
+            self._read.popitem(last=False)

@@ -1,0 +1,74 @@
+"""A worker: tables on its device, layers that look them up, and the step's rows, made right after the model is loaded."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from steer.backends.vllm import layers as in_layers
+from steer.backends.vllm import runner_v1, runner_v2, selfcheck
+from steer.backends.vllm.config import Declared
+from steer.backends.vllm.library import Library
+from steer.backends.vllm.rows import Rows
+from steer.backends.vllm.supported import check_config
+from steer.backends.vllm.tables import Tables
+
+logger = logging.getLogger("vllm.steer")
+
+
+def worker_classes() -> list[Any]:
+    """Return the classes whose `load_model` makes a model."""
+    from vllm.v1.worker.cpu_worker import CPUWorker
+    from vllm.v1.worker.gpu_worker import Worker as GPUWorker
+
+    return [GPUWorker, CPUWorker]
+
+
+class Worker:
+    """What steers one process's part of the model.
+
+    Args:
+        worker: vLLM's.
+        declared: what the engine was started for.
+
+    Raises:
+        SteerError: the model, the runner or the configuration is not one that steering is known to act in.
+    """
+
+    def __init__(self, worker: Any, declared: Declared) -> None:
+        config, runner = worker.vllm_config, worker.model_runner
+        check_config(config, declared)
+        model = runner.get_model()
+        layers = in_layers.decoder_layers(model, declared)
+        places = in_layers.local_places(declared, layers)
+        self.tables = Tables(declared, places, _tokens(config), torch.device(runner.device))
+        in_layers.install(layers, self.tables)
+        self.rows = Rows(Library(declared), self.tables, config.scheduler_config.max_num_seqs)
+        selfcheck.prove(worker, model, layers, self.tables)
+        follow = runner_v2.follow if hasattr(runner, "model_state") else runner_v1.follow
+        follow(runner, self.rows)
+        logger.info(
+            "steering: %s, %d slots, %.1f MB of tables",
+            _counted(places),
+            declared.slots,
+            self.tables.bytes / 1e6,
+        )
+
+
+def _tokens(config: Any) -> int:
+    """Rows of the largest step, padding included."""
+    scheduler, compilation = config.scheduler_config, config.compilation_config
+    sizes: Sequence[int] = compilation.cudagraph_capture_sizes or ()
+    largest = max([int(size) for size in [scheduler.max_num_batched_tokens, scheduler.max_num_seqs, *sizes]])
+    across = int(config.parallel_config.tensor_parallel_size)
+    return -(-largest // across) * across
+
+
+def _counted(places: Sequence[tuple[str, str, int]]) -> str:
+    found: dict[tuple[str, str], int] = {}
+    for site, kind, _ in places:
+        found[site, kind] = found.get((site, kind), 0) + 1
+    return ", ".join(f"{kind} at {site} of {count} layers" for (site, kind), count in found.items()) or "no places here"
