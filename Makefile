@@ -6,7 +6,7 @@ BIN := .venv/bin
 export PYTHONNOUSERSITE := 1
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
-.PHONY: help setup demo test check bench browser oracle pins clean
+.PHONY: help setup demo test check bench browser oracle vllm pins clean
 
 help:
 	@grep -E '^# |^[a-z]+:.*## ' Makefile | sed -E 's/^# //; s/:.*## /: /'
@@ -17,7 +17,10 @@ setup: ## make .venv, or repair it; nothing to do the second time
 demo: setup ## the whole loop on the bundled model; leaves demo/report.html
 	@$(BIN)/steer demo
 
-test: check browser oracle ## every check and every test lane
+# The environments are made beside each other and beside the checks; each says its name when it says something.
+test: ## every check and every test lane
+	@$(MAKE) --no-print-directory --jobs=2 setup vllm
+	@$(MAKE) --no-print-directory --jobs=2 check browser oracle
 	@$(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: setup ## style, types, import rules
@@ -37,9 +40,13 @@ browser: setup
 oracle: setup
 	@$(PYTHON) constraints/oracle.py
 
+# Steering in vLLM is tested with vLLM built for processors, again in an environment of its own that reads .venv.
+vllm:
+	@$(PYTHON) constraints/vllm.py
+
 pins: ## write what .venv holds into constraints/cpu.txt
 	@$(BIN)/python constraints/pins.py
 
 clean: ## remove everything that make has made
-	rm -rf .venv .venv-oracle demo build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-oracle .venv-vllm demo build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,6 +1,7 @@
 """Fixtures and lanes that every test may use.
 
-Unmarked tests are the `unit` lane; the others carry a marker (`effects`, `oracle`, `real`, `faults`, `browser`).
+Unmarked tests are the `unit` lane; the others carry a marker (`effects`, `oracle`, `real`, `faults`, `browser`,
+`vllm`).
 `pytest --lane unit,oracle` runs some lanes. A lane that cannot run says why, and the end of the run counts it.
 """
 
@@ -39,7 +40,8 @@ settings.register_profile(
 )  # The machine may be busy; a failure must come back.
 settings.load_profile("steer")
 
-LANES = ("unit", "effects", "oracle", "real", "faults", "browser")
+LANES = ("unit", "effects", "oracle", "real", "faults", "browser", "vllm")
+ROOT = Path(__file__).parents[1]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 
@@ -83,6 +85,8 @@ def obstacle(lane: str) -> str | None:
         return "transformer-lens is not installed; `make setup` installs it"
     if lane == "browser" and browser() is None:
         return "no browser is installed; as root `make setup` installs chromium, else install chromium by hand"
+    if lane == "vllm" and not (ROOT / ".venv-vllm" / ".steer-stamp").is_file():
+        return "there is no .venv-vllm with vLLM; `make vllm` makes it where the packages can be had"
     return None
 
 

@@ -50,6 +50,7 @@ def test_every_lane_is_counted_with_its_reasons(session):
             "*1 skipped: the wheel could not be had",
             "faults   1 failed",
             "browser  nothing chosen",
+            "vllm     nothing chosen",
         ]
     )
 
@@ -72,5 +73,7 @@ def test_a_lane_that_cannot_run_says_why(monkeypatch):
     monkeypatch.setattr(conftest, "find_spec", lambda name: None)
     monkeypatch.setattr(conftest, "which", lambda name: None)
     assert "transformer-lens" in conftest.obstacle("oracle")
+    monkeypatch.setattr(conftest, "ROOT", Path("/nowhere"))
     assert "browser" in conftest.obstacle("browser")
+    assert "make vllm" in conftest.obstacle("vllm")
     assert conftest.obstacle("unit") is None
