@@ -28,7 +28,9 @@ class Tracker:
 
     def __init__(self, marks: Marks, rows: int, device: torch.device) -> None:
         self.marks, self.device = marks, device
-        self.state: PhaseState = begin(marks, [1] * rows, [0] * rows, device)
+        start = begin(marks, [1] * rows, [0] * rows, device)
+        # Written in place below, so no two fields may share a tensor.
+        self.state = PhaseState(**{name: getattr(start, name).clone() for name in PhaseState.__dataclass_fields__})
 
     def enter(self, row: int, prompt_length: int, marks_from: int, read: Sequence[int]) -> None:
         """Let a request begin in a row, with the tokens that are computed already."""
