@@ -36,7 +36,6 @@ class Wanted:
         key: under which it is fetched; no two requests have the same.
         length: how many tokens are to be seen.
         prompt_length: how many of them are the trace's prompt, for the phases of a steering.
-        marks_from: the first of them at which a mark counts.
         means: the spans whose rows are added up, at every declared site.
         counts: the spans whose choices of experts are, in every declared layer.
         rows: whether every row comes back as well.
@@ -45,7 +44,6 @@ class Wanted:
     key: str
     length: int
     prompt_length: int
-    marks_from: int
     means: tuple[Ranges, ...] = ()
     counts: tuple[Ranges, ...] = ()
     rows: bool = False
@@ -74,6 +72,34 @@ class Wanted:
             raise SteerError(f"a request has {KEY} = {plain!r}"[:400], "what SteeredLLM.read makes of a trace")
         spans = {name: tuple(tuple(map(int, each)) for each in plain[name]) for name in ("means", "counts")}
         return cls(**{**plain, **spans})
+
+
+def wanted_by(
+    extra_args: Mapping[str, Any], places: Sequence[Place], tokens: int, skips_cache: bool | None
+) -> Wanted | None:
+    """Return what is to be kept of a request; None where nothing is.
+
+    Args:
+        extra_args: of the request.
+        places: that the engine was started to read.
+        tokens: of the prompt.
+        skips_cache: whether vLLM computes every token again, `SamplingParams.skip_reading_prefix_cache`.
+
+    Raises:
+        SteerError: nothing can be read here, or not of every token.
+    """
+    if KEY not in extra_args:
+        return None
+    wanted = Wanted.from_dict(extra_args[KEY])
+    if not places:
+        raise SteerError("the request is to be read, and this engine was not started for reading", "an engine with capture=", "Use `steer collect --backend vllm`")  # fmt: skip
+    if not skips_cache or wanted.length != tokens or wanted.prompt_length > tokens:
+        raise SteerError(
+            f"{wanted.length} tokens of a prompt of {tokens} are to be read, skip_reading_prefix_cache is {skips_cache}",
+            "the whole prompt, and True: tokens out of the prefix cache have no rows",
+            "Use SteeredLLM.read",
+        )
+    return wanted
 
 
 def ranges_of(positions: Sequence[int]) -> Ranges:

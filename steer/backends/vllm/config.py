@@ -13,6 +13,8 @@ from typing import Any
 
 from steer import __version__
 from steer.anatomy.resolve import Anatomy, Contributes
+from steer.backends.vllm.capture import ROUTER
+from steer.backends.vllm.capture import SITES as READABLE
 from steer.backends.vllm.lowering import HIDDEN, KINDS, Place, places_of
 from steer.errors import SteerError
 from steer.identity import known_keys
@@ -61,6 +63,13 @@ class Declared:
                 raise SteerError(
                     f"the place ({site}, {kind}, {layer}) was declared",
                     f"add or project at {', '.join(HIDDEN)}, scale at router, bias at router_logits, layers 0 to {self.layers - 1}",
+                )
+        for site, layer in self.capture:
+            if site not in (*READABLE, ROUTER) or not 0 <= layer < self.layers:
+                raise SteerError(
+                    f"the place ({site}, {layer}) was to be read",
+                    f"one of {', '.join((*READABLE, ROUTER))}, layers 0 to {self.layers - 1}",
+                    "The HF back end reads every site: leave vllm: and --backend vllm out",
                 )
         if self.slots < 1:
             raise SteerError(f"{self.slots} slots were declared", "at least 1")

@@ -8,9 +8,10 @@ run. Both refuse; neither lets a request run unsteered that asked for steering.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from steer.backends.vllm import prefix
+from steer.backends.vllm import capture, prefix
 from steer.backends.vllm.config import Declared
 from steer.backends.vllm.library import Library
 from steer.backends.vllm.lowering import Lowered, lower
@@ -47,7 +48,7 @@ class Front:
         params = request.sampling_params
         extra = {} if params is None else params.extra_args or {}
         try:
-            wanted = asked(extra)
+            wanted, read = asked(extra), self._read(request, extra)
             if wanted is None:
                 return
             if self.declared is None or self.library is None:
@@ -57,11 +58,18 @@ class Front:
                     "Use `steer serve` or SteeredLLM",
                 )
             resolved = self._resolved(wanted, request.prompt_token_ids, request.prompt_embeds is not None)
+            if resolved is not None and read is not None:
+                resolved = replace(resolved, prompt_length=read.prompt_length)
         except SteerError as error:
             raise RefusedError(error) from error
         params.extra_args = {key: value for key, value in extra.items() if key not in _KEYS}
         if resolved is not None:
             params.extra_args[KEY] = resolved.to_dict()
+
+    def _read(self, request: Any, extra: Mapping[str, Any]) -> capture.Wanted | None:
+        places = () if self.declared is None else self.declared.capture
+        skips = None if request.sampling_params is None else request.sampling_params.skip_reading_prefix_cache
+        return capture.wanted_by(extra, places, len(request.prompt_token_ids or ()), skips)
 
     def _resolved(self, wanted: Asked, token_ids: Any, embedded: bool) -> Request | None:
         assert self.declared is not None and self.library is not None, "asked before"
@@ -127,3 +135,5 @@ class Core:
         extra = None if request.sampling_params is None else request.sampling_params.extra_args
         if isinstance(extra, Mapping) and KEY in extra:
             self.library.lowered(Request.from_dict(extra[KEY]))
+        if isinstance(extra, Mapping) and capture.KEY in extra:
+            capture.Wanted.from_dict(extra[capture.KEY])

@@ -5,6 +5,7 @@ It changes nothing of an engine that was not given `additional_config["steering"
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import wraps
 from typing import Any
 
@@ -29,6 +30,7 @@ def _hook_workers() -> None:
     for cls in worker_classes():
         if "load_model" in vars(cls):
             cls.load_model = _after_load(cls.load_model)
+    worker_classes()[0].steer_captured = _captured
 
 
 def _after_load(original: Any) -> Any:
@@ -45,6 +47,11 @@ def _after_load(original: Any) -> Any:
         return result
 
     return load_model
+
+
+def _captured(self: Any, keys: Sequence[str]) -> dict[str, bytes]:
+    """Hand over what this worker kept of requests that were read; by `collective_rpc("steer_captured", args=(keys,))`."""
+    return {} if self.steer.captured is None else self.steer.captured.take(keys)
 
 
 def _hook_engine_core() -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from steer.backends.vllm.capture_worker import Captured
 from steer.backends.vllm.library import Library
 from steer.backends.vllm.lowering import Lowered
 from steer.backends.vllm.request import KEY, Request
@@ -59,10 +60,11 @@ class Rows:
         library: what requests do.
         tables: where it is written.
         requests: how many may run at once.
+        captured: where rows are kept that are read; None: none are.
     """
 
-    def __init__(self, library: Library, tables: Tables, requests: int) -> None:
-        self.library, self.tables = library, tables
+    def __init__(self, library: Library, tables: Tables, requests: int, captured: Captured | None = None) -> None:
+        self.library, self.tables, self.captured = library, tables, captured
         self.tracker = Tracker(library.declared.marks, requests, tables.device)
         self._live: dict[str, _Live] = {}
         self._free_rows = list(range(requests))
@@ -81,19 +83,24 @@ class Rows:
         if plain is not None:
             request = Request.from_dict(plain)
             self._live[request_id] = _Live(request, self.library.lowered(request), known)
+        if self.captured is not None:
+            self.captured.add(request_id, extra_args)
 
     def remove(self, request_id: str) -> None:
         """Forget a request that has finished or was preempted."""
         live = self._live.pop(request_id, None)
         if live is not None and live.row >= 0:
             self._free_rows.append(live.row)
+        if self.captured is not None:
+            self.captured.remove(request_id)
 
     def __contains__(self, request_id: str) -> bool:
-        return request_id in self._live
+        return request_id in self._live or (self.captured is not None and request_id in self.captured)
 
     def keep(self, running: Mapping[str, Any]) -> None:
         """Forget every request that is not among those that run."""
-        for request_id in [held for held in self._live if held not in running]:
+        held = {*self._live, *(() if self.captured is None else self.captured.running)}
+        for request_id in held - running.keys():
             self.remove(request_id)
 
     def step(self, spans: Sequence[Span], token_ids: Tensor | None) -> None:
@@ -125,6 +132,12 @@ class Rows:
         if marked:
             device = self._marked(device, marked, token_ids)
         self.tables.tell(device)
+
+    def ran(self, spans: Sequence[Span]) -> None:
+        """Draw what is read of the step that was just run, after its forward."""
+        if self.captured is not None:
+            for span in spans:
+                self.captured.ran(span.request_id, span.start, span.count, span.position)
 
     def _positional(self, code: np.ndarray[Any, Any], span: Span, live: _Live, slot: int) -> None:
         begin = slot * WIDTH

@@ -22,7 +22,9 @@ def follow(runner: Any, rows: Rows) -> None:
         spans = _spans(runner, rows)
         tokens = sum(span.count for span in spans)
         rows.step(spans, runner.input_ids.gpu[:tokens])
-        return original(*args, **kwargs)
+        output = original(*args, **kwargs)
+        rows.ran(spans)
+        return output
 
     runner._model_forward = _model_forward
 

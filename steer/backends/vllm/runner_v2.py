@@ -22,7 +22,8 @@ def follow(runner: Any, rows: Rows) -> None:
     missing = [name for name in ("add_request", "remove_request", "prepare_inputs") if not hasattr(state, name)]
     if missing:
         raise SteerError(f"vLLM's {type(state).__name__} has no {missing[0]}", "the runner of a supported version")
-    added, removed, prepared = state.add_request, state.remove_request, state.prepare_inputs
+    latest: list[Span] = []
+    added, removed, prepared, executed = state.add_request, state.remove_request, state.prepare_inputs, runner.execute_model  # fmt: skip
 
     def add_request(index: int, data: Any) -> Any:
         extra = None if data.sampling_params is None else data.sampling_params.extra_args
@@ -41,6 +42,15 @@ def follow(runner: Any, rows: Rows) -> None:
             for i, name in enumerate(batch.req_ids)
         ]
         rows.step(spans, batch.input_ids)
+        latest[:] = spans
         return prepared(batch, states)
 
+    def execute_model(*args: Any, **kwargs: Any) -> Any:
+        latest.clear()
+        output = executed(*args, **kwargs)
+        rows.ran(latest)
+        return output
+
     state.add_request, state.remove_request, state.prepare_inputs = add_request, remove_request, prepare_inputs
+    if rows.captured is not None:
+        runner.execute_model = execute_model

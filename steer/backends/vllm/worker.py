@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
+from steer.backends.vllm import capture_layers, runner_v1, runner_v2, selfcheck
 from steer.backends.vllm import layers as in_layers
-from steer.backends.vllm import runner_v1, runner_v2, selfcheck
+from steer.backends.vllm.capture_worker import Captured
 from steer.backends.vllm.config import Declared
 from steer.backends.vllm.library import Library
 from steer.backends.vllm.rows import Rows
@@ -45,8 +46,13 @@ class Worker:
         layers = in_layers.decoder_layers(model, declared)
         places = in_layers.local_places(declared, layers)
         self.tables = Tables(declared, places, _tokens(config), torch.device(runner.device))
+        self.captured = _captured(worker, declared, layers)
+        if self.captured is not None:
+            capture_layers.before(layers, self.captured)
         in_layers.install(layers, self.tables)
-        self.rows = Rows(Library(declared), self.tables, config.scheduler_config.max_num_seqs)
+        if self.captured is not None:
+            capture_layers.after(layers, self.captured, declared)
+        self.rows = Rows(Library(declared), self.tables, config.scheduler_config.max_num_seqs, self.captured)
         selfcheck.prove(worker, model, layers, self.tables)
         follow = runner_v2.follow if hasattr(runner, "model_state") else runner_v1.follow
         follow(runner, self.rows)
@@ -56,6 +62,27 @@ class Worker:
             declared.slots,
             self.tables.bytes / 1e6,
         )
+
+
+def _captured(worker: Any, declared: Declared, layers: Mapping[int, Any]) -> Captured | None:
+    """Return the buffers of what is read; on one process of those that share a layer, since all have the same rows."""
+    from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
+
+    places = [place for place in declared.capture if place[1] in layers]
+    if not places or get_tensor_model_parallel_rank():
+        return None
+    config = worker.vllm_config
+    captured = Captured(
+        places,
+        tokens=_tokens(config),
+        hidden=declared.hidden,
+        experts=declared.experts,
+        chosen=declared.chosen,
+        dtype=config.model_config.dtype,
+        device=worker.model_runner.device,
+    )
+    logger.info("steering: %d places are read, %.1f MB of buffers", len(places), captured.memory / 1e6)
+    return captured
 
 
 def _tokens(config: Any) -> int:
