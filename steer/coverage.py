@@ -5,8 +5,7 @@
       Add at attn_out: attention output 28/28 layers
       ProjectOut at head_out: attention output 3/28 layers, 4 heads
 
-A part is refused either because the form cannot express it (`expressible` is false; the table of DESIGN §4 in
-`steer.form_table`) or because this version does not have the code for it yet. Both say what to do instead.
+A part that the form cannot express (the table of DESIGN §4 in `steer.form_table`) is refused, and says what to do instead.
 """
 
 from __future__ import annotations
@@ -44,12 +43,6 @@ if TYPE_CHECKING:
 
 ROUNDING = 1e-6
 Refusal = tuple[str, str]  # Why, and what to do instead.
-LATER = {
-    "vllm": (
-        "vLLM can express this, but its back end is not in this version",
-        "Use the hook form, or serve the patched checkpoint",
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -155,16 +148,19 @@ def coverage(change: Steering | Patch, model_or_path: SteerableModel | str | Pat
 
 def _of_steering(steering: Steering, target: Target, form: Form) -> list[Row]:
     steering.check(target.anatomy, target.identity)
+    together = form_table.vllm_together(steering) if form == "vllm" else None
     rows = []
     for intervention in steering.interventions:
         change = f"{type(intervention).__name__} at {intervention.site}"
         for verdict in _verdicts(intervention, target, form):
             if form == "lora" and verdict.reason is None:
                 verdict = replace(verdict, note=_rank_note(_projected(steering, intervention.site), verdict.layers))
+            if together is not None and verdict.reason is None:
+                verdict = replace(verdict, reason=together[0], remedy=together[1])
             factors = [intervention.beta] if isinstance(intervention, ScaleExperts) else None
             if form == "patch" and verdict.reason is None and (refusal := _quantised(target, factors)):
                 verdict = replace(verdict, reason=refusal[0], remedy=refusal[1])
-            rows.append(_row(change, verdict, target, form))
+            rows.append(_row(change, verdict, target))
     return rows
 
 
@@ -207,7 +203,7 @@ def _of_patch(patch: Patch, target: Target, form: Form) -> list[Row]:
         verdict = _patched(what, touched, _layers(touched, target), form, target)
         if refusal is not None:
             verdict = replace(verdict, reason=refusal[0], remedy=refusal[1])
-        rows.append(_row("patch", verdict, target, form))
+        rows.append(_row("patch", verdict, target))
     return rows
 
 
@@ -310,19 +306,16 @@ def _adapted(what: str, layers: tuple[int, ...], operations: list[Operation], ta
     return Verdict(what, layers, note=f"rank {max(ranks, default=0) + max(more.values(), default=0)}")
 
 
-def _row(change: str, verdict: Verdict, target: Target, form: Form) -> Row:
-    reason, remedy = verdict.reason, verdict.remedy
-    if reason is None and form in LATER:
-        reason, remedy = LATER[form]
+def _row(change: str, verdict: Verdict, target: Target) -> Row:
     return Row(
         change,
         verdict.what,
-        done=len(verdict.layers) if reason is None else 0,
+        done=len(verdict.layers) if verdict.reason is None else 0,
         total=_total(verdict.what, target),
         layers=verdict.layers,
         expressible=verdict.reason is None,
-        refused=reason,
-        remedy=remedy,
+        refused=verdict.reason,
+        remedy=verdict.remedy,
         note=verdict.note,
     )
 

@@ -1,7 +1,7 @@
 """What each form can express: the table of DESIGN §4 as functions of an intervention and a model's anatomy.
 
-Every function returns verdicts, one per part of the model that the form would touch. The table speaks of what a form
-*can* say; whether this version has the code for it is a second question, answered in `steer.coverage`.
+Every function returns verdicts, one per part of the model that the form would touch. What vLLM runs is not told twice: it is
+what `steer.backends.vllm.lowering` has rows for.
 """
 
 from __future__ import annotations
@@ -15,9 +15,12 @@ from torch import Tensor
 
 from steer.anatomy.resolve import Anatomy
 from steer.anatomy.slots import Matrix
+from steer.backends.vllm.lowering import places_of
 from steer.directions import unit_vector
+from steer.errors import SteerError
 from steer.interventions import Add, BiasRouter, Custom, Intervention, ProjectOut, ScaleExperts, SetComponent
 from steer.ranges import ranges
+from steer.steering import Steering
 from steer.writers import Part, bias_form, has_bias, part, writers
 
 Form = Literal["hook", "vllm", "patch", "lora"]
@@ -70,19 +73,33 @@ def hook(intervention: Intervention, anatomy: Anatomy) -> list[Verdict]:
 
 
 def vllm(intervention: Intervention, anatomy: Anatomy) -> list[Verdict]:
-    """Routers, additions and projections at what is added to the stream, on every token; heads by the patch or by LoRA."""
+    """What has rows in vLLM, in every phase; heads in phase `all` by the patch or by LoRA, which hold them as weights."""
     layers, place = intervention.active_layers, PLACES[intervention.site]
-    if intervention.site == "head_out":
+    if in_weights(intervention):
         return _with_heads(intervention, anatomy, place, SERVED)
-    refused = _weights_only(intervention, "vLLM", "nothing is stated for it there yet")
-    if isinstance(intervention, ScaleExperts | BiasRouter):
-        reason, remedy = refused or (None, None)
-        return [Verdict(place, layers, reason, remedy, "" if refused else experts_note(intervention, anatomy))]
-    allowed = {Add: ("attn_out", "mlp_out", "resid_mid", "resid_post"), ProjectOut: ("attn_out", "mlp_out")}
-    first = isinstance(intervention, ProjectOut) and intervention.site == "resid_pre" and layers == (0,)
-    if refused is None and intervention.site not in allowed[type(intervention)] and not first:
-        refused = (f"vLLM cannot {_verb(intervention)} at {intervention.site}", HOOK)
-    return [Verdict(place, layers, *(refused or (None, None)))]
+    note = experts_note(intervention, anatomy) if isinstance(intervention, ScaleExperts | BiasRouter) else ""
+    reason, remedy = _refusal(intervention) or (None, None)
+    return [Verdict(place, layers, reason, remedy, "" if reason else note)]
+
+
+def vllm_together(steering: Steering) -> tuple[str, str] | None:
+    """Why vLLM cannot run interventions in one request that it could run apart, and what to do; None where it can."""
+    acting = [each for each in steering.interventions if not in_weights(each)]
+    return _refusal(*acting) if acting and not any(_refusal(each) for each in acting) else None
+
+
+def in_weights(intervention: Intervention) -> bool:
+    """Whether an intervention is one of heads that vLLM runs as weights: a checkpoint, or an adapter."""
+    heads = isinstance(intervention, ProjectOut) and intervention.site == "head_out"
+    return heads and intervention.phase == "all"
+
+
+def _refusal(*interventions: Intervention) -> tuple[str, str] | None:
+    try:
+        places_of(Steering(interventions))
+    except SteerError as error:
+        return error.found, error.remedy or HOOK
+    return None
 
 
 def patch(intervention: Intervention, anatomy: Anatomy, untie: bool = False) -> list[Verdict]:

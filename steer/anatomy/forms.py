@@ -24,13 +24,6 @@ CHANGES = (
     (ADDED, "mlp_raw"),
 )
 OF_EXPERTS = ((SCALED, "router"),)
-# What a form can express and this version has the code for.
-PRESENT = {
-    "hook": (*CHANGES, *OF_EXPERTS),
-    "vllm": (),
-    "patch": (*CHANGES, *OF_EXPERTS),
-    "lora": ((PROJECTED, "head_out"), (PROJECTED, "attn_out"), (PROJECTED, "mlp_out")),
-}
 
 
 @dataclass(frozen=True)
@@ -42,7 +35,6 @@ class Reach:
         form: one of FORMS.
         layers: how many layers it can express the change on.
         total: layers of the model.
-        here: whether this version has the code.
         why: the reason, where it is not every layer.
     """
 
@@ -50,11 +42,10 @@ class Reach:
     form: str
     layers: int
     total: int
-    here: bool
     why: str = ""
 
     def __str__(self) -> str:
-        return f"{self.layers}/{self.total}" + ("" if self.here or not self.layers else " (later)")
+        return f"{self.layers}/{self.total}"
 
 
 def reaches(anatomy: Anatomy, quantised: str = "") -> list[Reach]:
@@ -72,11 +63,11 @@ def _reach(anatomy: Anatomy, quantised: str, kind: str, site: str, form: str) ->
     total, dense = anatomy.layers, len(anatomy.dense_mlp_layers)
     if kind == SCALED:
         layers, why = _of_experts(anatomy, quantised, form)
-        return Reach(f"{kind} at {site}", form, layers, total, (kind, site) in PRESENT[form], why)
+        return Reach(f"{kind} at {site}", form, layers, total, why)
     layers, why = total, ""
     contribution: Contributes = anatomy.mlp_contribution if site.startswith("mlp") else anatomy.attention_contribution
     if form == "vllm" and site.endswith("_raw"):
-        layers, why = 0, f"nothing is stated for vLLM at {site}"
+        layers, why = 0, f"{kind} at {site} has no form in vLLM"
     elif form == "lora" and kind == ADDED:
         layers, why = 0, "an adapter holds no bias"
     elif form in ("patch", "lora") and site.endswith("_out") and site != "head_out" and contribution.kind == "norm":
@@ -91,7 +82,7 @@ def _reach(anatomy: Anatomy, quantised: str, kind: str, site: str, form: str) ->
         layers, why = _biases(anatomy, site, why)
     if form == "lora" and kind == PROJECTED and not why and _has_biases(anatomy, site):
         why = "only where the output bias has no component along the direction"
-    return Reach(f"{kind} at {site}", form, layers, total, (kind, site) in PRESENT[form], why)
+    return Reach(f"{kind} at {site}", form, layers, total, why)
 
 
 def _of_experts(anatomy: Anatomy, quantised: str, form: str) -> tuple[int, str]:

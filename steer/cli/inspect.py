@@ -79,7 +79,7 @@ def command(
     for row in rows:
         table.setdefault(row.change, [row.change]).append(str(row))
     output.table(
-        "forms (layers reached; later: not in this version)", ("change of all tokens", *FORMS), list(table.values())
+        "forms (layers reached)", ("change of all tokens", *FORMS), list(table.values())
     )
     for why in dict.fromkeys(f"{row.form}, {row.change}: {row.why}" for row in rows if row.why):
         output.text(f"  {why}")

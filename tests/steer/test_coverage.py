@@ -67,9 +67,9 @@ TABLE: list[tuple[str, Intervention, dict[str, Answers]]] = [
     ("ProjectOut mlp_out", ProjectOut(v(), "mlp_out"), {"plain": ("yes", "yes", "yes"), "normed": ("yes", "no", "no")}),
     ("Add resid_post", Add(v(), "resid_post"), {"plain": ("yes", "yes", "no"), "normed": ("yes", "no", "no")}),
     ("Add resid_mid", Add(v(), "resid_mid"), {"plain": ("yes", "yes", "no"), "normed": ("yes", "no", "no")}),
-    ("ProjectOut resid_post", ProjectOut(v(), "resid_post"), {"plain": ("no", "no", "no"), "normed": ("no", "no", "no")}),
-    ("phase", Add(v(), "attn_out", phase="thinking"), {"plain": ("no", "no", "no"), "normed": ("no", "no", "no")}),
-    ("phase", ProjectOut(v(), "attn_out", phase="prompt"), {"plain": ("no", "no", "no"), "normed": ("no", "no", "no")}),
+    ("ProjectOut resid_post", ProjectOut(v(), "resid_post"), {"plain": ("yes", "no", "no"), "normed": ("yes", "no", "no")}),
+    ("phase", Add(v(), "attn_out", phase="thinking"), {"plain": ("yes", "no", "no"), "normed": ("yes", "no", "no")}),
+    ("phase", ProjectOut(v(), "attn_out", phase="prompt"), {"plain": ("yes", "no", "no"), "normed": ("yes", "no", "no")}),
     ("SetComponent", SetComponent(v(), "attn_out", 1.0), {"plain": ("no", "no", "no"), "normed": ("no", "no", "no")}),
     ("Custom", Custom(lambda h, layer: h, "attn_out", (0,)), {"plain": ("no", "no", "no"), "normed": ("no", "no", "no")}),
 ]  # fmt: skip
@@ -170,21 +170,34 @@ def test_every_refusal_has_reason_and_remedy(intervention: Intervention, family:
     refused(cover(intervention, family, form).require, type(intervention).__name__, form, remedy)
 
 
-# What this version has no code for is refused although the form could say it.
+# What vLLM runs is what it has rows for, alone and together.
 
 
 @pytest.mark.parametrize(
-    ("intervention", "form", "word"),
+    ("interventions", "word"),
     [
-        (Add(v(), "attn_out"), "vllm", "back end is not in this version"),
-        (heads((0, 0)), "vllm", "back end is not in this version"),
+        ((Add(v(), "mlp_out"), ProjectOut(v(), "mlp_out")), "ProjectOut comes after Add"),
+        ((Add(v(), "mlp_out", phase="prompt"), Add(v(), "mlp_out", phase="answer")), "in the phases answer, prompt"),
+        ((ProjectOut(v(), "resid_post"), ProjectOut(v(), "resid_post")), "one after the other"),
+        ((Add(v(), "resid_mid"), ProjectOut(v(), "attn_out"), Add(v(), "attn_out", phase="prompt")), "phases"),
     ],
 )
-def test_what_comes_later_is_refused_honestly(intervention: Intervention, form: Form, word: str) -> None:
-    found = cover(intervention, "qwen3", form)
-    assert all(row.expressible and row.done == 0 for row in found.rows)
-    assert not found.ok
+def test_vllm_refuses_what_does_not_fit_into_one_request(interventions: tuple[Intervention, ...], word: str) -> None:
+    found = cover(Steering(interventions), "qwen3", "vllm")
+    assert not any(row.expressible or row.done for row in found.rows)
     refused(found.require, word)
+    assert all(cover(each, "qwen3", "vllm").ok for each in interventions)
+
+
+def test_vllm_runs_heads_as_weights_beside_the_rest() -> None:
+    found = cover(Steering((Add(v(), "mlp_out"), heads((0, 0)), Add(v(), "mlp_out"))), "qwen3", "vllm")
+    assert found.ok and [row.note for row in found.rows] == [
+        "",
+        "as the patched checkpoint, or per request as LoRA",
+        "",
+    ]
+    phased = cover(replace(heads((0, 0)), phase="thinking"), "qwen3", "vllm")
+    assert "no heads" in str(phased.rows[0].refused) and "steer" in str(phased.rows[0].remedy)
 
 
 def test_thinkedit_has_a_hook_form_and_a_patch_form_everywhere() -> None:
@@ -363,7 +376,7 @@ def test_the_outline_that_inspect_prints_says_the_same(family: str) -> None:
             assert reached <= reach.layers
             continue
         assert (reached, rows[0].total) == (reach.layers, reach.total), reach
-        assert (sum(row.done for row in rows) > 0) == (reach.here and reach.layers > 0), reach
+        assert (sum(row.done for row in rows) > 0) == (reach.layers > 0), reach
 
 
 def test_its_table_has_a_row_per_part() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -50,11 +51,10 @@ def test_a_hook_says_everything(change: ScaleExperts | BiasRouter) -> None:
 
 
 @pytest.mark.parametrize("change", [SCALE, BIAS, ScaleExperts(((1, 0),), 2.0, renormalise=True)])
-def test_vllm_could_say_it_but_is_not_here(change: Intervention) -> None:
-    found = row(change, "olmoe", "vllm")
-    assert found.expressible and found.refused is not None and "not in this version" in found.refused
-    phased = row(BiasRouter(force_in=((1, 0),), phase="thinking"), "olmoe", "vllm")
-    assert not phased.expressible and "phase 'thinking'" in str(phased)
+def test_vllm_has_rows_for_it_in_every_phase(change: Intervention) -> None:
+    for phase in ("all", "thinking"):
+        found = row(replace(change, phase=phase), "olmoe", "vllm")
+        assert found.refused is None and found.done == len(change.active_layers) and "experts" in found.note
 
 
 def test_a_patch_scales_what_experts_write() -> None:

@@ -59,7 +59,7 @@ def test_it_reads_well(tiny_folder, capsys):
         "times 0.22",
         "mlp_raw 4/4",
         "ProjectOut at head_out",
-        "4/4 (later)",
+        "ProjectOut at mlp_out",
         "shape_id",
     ):
         assert part in text
@@ -104,7 +104,7 @@ def test_scaled_experts_and_what_packs_them(tiny_folder, tmp_path, capsys):
     status, found = inspected(capsys, f"{tiny_folder('qwen3_moe')}+{path}")
     assert status == 0
     assert {each["form"]: each["ok"] for each in found["changes"][0]["coverage"]} == {
-        "hook": True, "vllm": False, "patch": True, "lora": False,
+        "hook": True, "vllm": True, "patch": True, "lora": False,
     }  # fmt: skip
     base = tmp_path / "packed"
     base.mkdir()
