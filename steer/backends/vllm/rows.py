@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from steer.backends.vllm.capture_worker import Captured
@@ -103,7 +104,7 @@ class Rows:
         for request_id in held - running.keys():
             self.remove(request_id)
 
-    def step(self, spans: Sequence[Span], token_ids: Tensor | None) -> None:
+    def step(self, spans: Sequence[Span], token_ids: Int[Tensor, " token"] | None) -> None:
         """Write slot and state of every token of the step to the device, before the forward.
 
         Args:
@@ -139,7 +140,7 @@ class Rows:
             for span in spans:
                 self.captured.ran(span.request_id, span.start, span.count, span.position)
 
-    def _positional(self, code: np.ndarray[Any, Any], span: Span, live: _Live, slot: int) -> None:
+    def _positional(self, code: Int[np.ndarray, " token"], span: Span, live: _Live, slot: int) -> None:
         begin = slot * WIDTH
         code[span.start : span.start + span.count] = begin + State.OPENING
         prompt = min(max(live.request.prompt_length - 1 - span.position, 0), span.count)

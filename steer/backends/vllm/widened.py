@@ -70,14 +70,14 @@ def _widened(tensors: Mapping[str, Tensor], width: int) -> dict[str, Tensor]:
     found = {}
     for name, tensor in tensors.items():
         if name.endswith(("q_proj.weight", "k_proj.weight")):
-            tensor = _halves(tensor.unflatten(0, (-1, width)), 1).flatten(0, 1)
+            tensor = _halves(tensor.view(-1, width, tensor.shape[1]), 1).flatten(0, 1)
         elif name.endswith(("q_norm.weight", "k_norm.weight")):
             tensor = _halves(tensor, 0) / (2**0.5 if name.endswith("k_norm.weight") else 1)
         elif name.endswith("v_proj.weight"):
-            rows = tensor.unflatten(0, (-1, width))
+            rows = tensor.view(-1, width, tensor.shape[1])
             tensor = torch.cat([rows, torch.zeros_like(rows)], 1).flatten(0, 1)
         elif name.endswith("o_proj.weight"):
-            columns = tensor.unflatten(1, (-1, width))
+            columns = tensor.view(tensor.shape[0], -1, width)
             tensor = torch.cat([columns, torch.zeros_like(columns)], 2).flatten(1, 2)
         found[name] = tensor.contiguous()
     return found
