@@ -57,6 +57,8 @@ class Front:
                     "an engine with additional_config['steering']",
                     "Use `steer serve` or SteeredLLM",
                 )
+            if request.resumable:
+                raise SteerError("a steered request has a prompt that goes on growing", "one that is complete", "Phases are told from the prompt's length")  # fmt: skip
             resolved = self._resolved(wanted, request.prompt_token_ids, request.prompt_embeds is not None)
             if resolved is not None and read is not None:
                 resolved = replace(resolved, prompt_length=read.prompt_length)
