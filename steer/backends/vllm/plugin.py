@@ -55,16 +55,20 @@ def _captured(self: Any, keys: Sequence[str]) -> dict[str, bytes]:
 
 
 def _hook_engine_core() -> None:
+    """Before the scheduler is made, whose caches have to be kept apart.
+
+    An engine core in a process of its own loads plugins within its `__init__`, so that is too late a place to hook.
+    """
     from vllm.v1.engine.core import EngineCore
 
-    original, preprocess = EngineCore.__init__, EngineCore.preprocess_add_request
+    caches, preprocess = EngineCore._initialize_kv_caches, EngineCore.preprocess_add_request
 
-    @wraps(original)
-    def make(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+    @wraps(caches)
+    def initialize(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
         from steer.backends.vllm.engine import Core
 
         self.steer = Core.of(vllm_config)
-        original(self, vllm_config, *args, **kwargs)
+        return caches(self, vllm_config, *args, **kwargs)
 
     @wraps(preprocess)
     def preprocess_add_request(self: Any, request: Any) -> Any:
@@ -72,12 +76,18 @@ def _hook_engine_core() -> None:
             self.steer.admit(request)
         return preprocess(self, request)
 
-    EngineCore.__init__, EngineCore.preprocess_add_request = make, preprocess_add_request
+    EngineCore._initialize_kv_caches, EngineCore.preprocess_add_request = initialize, preprocess_add_request
 
 
 def _hook_front() -> None:
+    from vllm import exceptions
     from vllm.v1.engine.input_processor import InputProcessor
 
+    from steer.backends.vllm.engine import RefusedError
+
+    # What vLLM's servers answer with status 400: in 0.32 an error of this family, before a ValueError.
+    family = getattr(exceptions, "VLLMClientError", ValueError)
+    refused = type("RefusedError", (RefusedError, family), {})
     original, process = InputProcessor.__init__, InputProcessor.process_inputs
 
     @wraps(original)
@@ -90,7 +100,10 @@ def _hook_front() -> None:
     @wraps(process)
     def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
         request = process(self, *args, **kwargs)
-        self.steer.resolve(request)
+        try:
+            self.steer.resolve(request)
+        except RefusedError as error:
+            raise refused(error) from None
         return request
 
     InputProcessor.__init__, InputProcessor.process_inputs = make, process_inputs
