@@ -150,9 +150,9 @@ class LogitProgram:
         moved = None if own is None else own.expand(z.shape)
         for step in steps:
             mask = None if step.phase == "all" else tick.mask(step.phase, z)
-            z = _where(mask, _forced(z + step.added, step), z)
+            z = _where(mask, forced(z + step.added, step.inward, step.outward), z)
             if moved is not None and own is not None:
-                moved = _where(mask, _preferred(moved, own, step), moved)
+                moved = _where(mask, preferred(moved, own, step.inward, step.outward), moved)
         weights, ids = self.chooser(z.flatten(0, 1), None if moved is None else moved.flatten(0, 1))
         routing = self._inside(steps, routing, weights, ids, tick)
         for step in steps:
@@ -190,20 +190,26 @@ class LogitProgram:
         return table.to(device) if here else None
 
 
-def _forced(z: Tensor, step: _Forcing) -> Tensor:
+def forced(z: Float[Tensor, "*token experts"], inward: Tensor | None, outward: Tensor | None) -> Tensor:
+    """Return logits with what is named in (…, experts) beyond all others; None: nothing is."""
     high, low = z.amax(-1, keepdim=True) + MARGIN, z.amin(-1, keepdim=True) - MARGIN
-    if step.inward is not None:
-        z = torch.where(step.inward, high, z)
-    return z if step.outward is None else torch.where(step.outward, low, z)
+    if inward is not None:
+        z = torch.where(inward, high, z)
+    return z if outward is None else torch.where(outward, low, z)
 
 
-def _preferred(moved: Tensor, own: Tensor, step: _Forcing) -> Tensor:
-    """The selection bias after one write, see `LogitProgram`."""
+def preferred(
+    moved: Float[Tensor, "*token experts"],
+    own: Float[Tensor, " experts"],
+    inward: Tensor | None,
+    outward: Tensor | None,
+) -> Tensor:
+    """Return each token's selection bias after one write, see `LogitProgram`; `own` is the family's."""
     high, low = own.max(), own.min()
     reach = high - low + 1
-    if step.inward is not None:
-        moved = torch.where(step.inward, high + 1 + 5 * reach, moved)
-    return moved if step.outward is None else torch.where(step.outward, low - 1 - 2 * reach, moved)
+    if inward is not None:
+        moved = torch.where(inward, high + 1 + 5 * reach, moved)
+    return moved if outward is None else torch.where(outward, low - 1 - 2 * reach, moved)
 
 
 def _where(mask: Tensor | None, new: Tensor, old: Tensor) -> Tensor:
