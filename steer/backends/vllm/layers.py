@@ -11,7 +11,6 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from steer.backends.vllm.config import Declared
@@ -165,17 +164,3 @@ def _become(module: nn.Module, mixin: type, tables: Tables, sites: tuple[str, ..
     module.__class__ = _CLASSES[mixin, own]
     for name, value in (("steer_code", tables.code), ("steer_slot", tables.slot), ("steer_tables", held)):
         object.__setattr__(module, name, value)
-
-
-def bypassed(model: nn.Module) -> list[str]:
-    """Return the names of blocks whose experts are chosen inside one kernel, past every router."""
-    return [
-        name
-        for name, module in model.named_modules()
-        if getattr(getattr(module, "quant_method", None), "is_monolithic", False)
-    ]
-
-
-def finite(value: Tensor) -> bool:
-    """Whether all numbers are finite."""
-    return bool(torch.isfinite(value).all())

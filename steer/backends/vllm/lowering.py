@@ -6,7 +6,7 @@ A place is (site, kind, layer). Of each kind a place has one slot per request:
 |---|---|---|
 | `add` | v, float32 | h += g·v |
 | `project` | v̂, float32 | h −= g·v̂ v̂ᵀh, before `add` |
-| `scale` | factor − 1 per expert | chosen weights × (1 + g·(factor − 1)) |
+| `scale` | f per expert | where g holds: chosen weights × f |
 | `bias` | added, forced in, forced out per expert | logits, then the family's own choice |
 
 with a gate g per state of a token (prompt, opening, thinking, answer): 1 where the phase holds, times w for `project`.

@@ -1,7 +1,7 @@
 """Tables on the device: what every slot holds at every declared place, and which slot and state every token has.
 
 All of it is allocated once, before anything is compiled or captured, and only ever written in place. Slot 0 is zero for
-ever: a token without steering gets `+ 0`.
+ever, its experts' factors one: a token without steering gets `+ 0` and `x 1`.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ class Tables:
         if kind in ("add", "project"):
             return gate | {"vector": zeros(rows, self.declared.hidden)}
         if kind == "scale":
-            return gate | {"extra": zeros(rows, self.declared.experts), "renormalise": zeros(rows, dtype=torch.bool)}
+            factors = zeros(rows, self.declared.experts).fill_(1.0)
+            return gate | {"factors": factors, "renormalise": zeros(rows, dtype=torch.bool)}
         named = {name: zeros(rows, self.declared.experts, dtype=torch.bool) for name in ("inward", "outward")}
         return gate | {"added": zeros(rows, self.declared.experts)} | named
 
@@ -96,11 +97,9 @@ class Tables:
                 gates.zero_()
                 continue
             gates.copy_(self._moved(torch.tensor(row.gate, dtype=torch.float32)))
-            for name, tensor in (("vector", row.vector), ("added", row.added), ("inward", row.inward), ("outward", row.outward)):  # fmt: skip
-                if tensor is not None:
-                    table[name][slot].copy_(self._moved(tensor))
-            if row.factors is not None:
-                table["extra"][slot].copy_(self._moved((row.factors.double() - 1).float()))
+            for name in table.keys() - {"gate", "renormalise"}:
+                table[name][slot].copy_(self._moved(getattr(row, name)))
+            if "renormalise" in table:
                 table["renormalise"][slot].fill_(row.renormalise)
 
     def tell(self, code: Int[Tensor, " token"]) -> None:

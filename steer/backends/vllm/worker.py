@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from steer.backends.vllm import capture_layers, runner_v1, runner_v2, selfcheck
+from steer.backends.vllm import capture_layers, routers, runner_v1, runner_v2, selfcheck
 from steer.backends.vllm import layers as in_layers
 from steer.backends.vllm.capture_worker import Captured
 from steer.backends.vllm.config import Declared
@@ -50,6 +50,7 @@ class Worker:
         if self.captured is not None:
             capture_layers.before(layers, self.captured)
         in_layers.install(layers, self.tables)
+        routers.install(layers, self.tables)
         if self.captured is not None:
             capture_layers.after(layers, self.captured, declared)
         self.rows = Rows(Library(declared), self.tables, config.scheduler_config.max_num_seqs, self.captured)
