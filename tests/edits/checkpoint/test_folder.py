@@ -7,9 +7,12 @@ import fcntl
 import json
 import os
 import shutil
+import stat
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import pytest
 
@@ -237,6 +240,65 @@ def test_names_are_flushed_before_the_folder_gets_its_name(tmp_path: Path, monke
     assert events[: len(FILES)] == [f"{partial}/{name}.writing" for name in FILES]
     assert events[-1] == str(tmp_path) and events[-2] == partial
     assert set(events[len(FILES) : -1]) == {partial, f"{partial}/b", f"{partial}/steer"}
+
+
+def pieces(name: str) -> FolderPlan:
+    """One file of ten bytes, written one by one."""
+
+    def write(target: int, progress: Progress) -> Json:
+        for at in range(10):
+            write_all(target, b"x", at)
+            progress(1)
+        return {}
+
+    task = FileTask(name, 10, write, lambda path, record: True)
+    return FolderPlan([task], {}, lambda partial, records: None, lambda partial: False)
+
+
+def flushes_at_once(monkeypatch: pytest.MonkeyPatch, meets: Callable[[int, int], None]) -> list[int]:
+    """Have files flushed by every fourth byte, before the next is written; return their sizes at each flush."""
+    sizes: list[int] = []
+
+    def fsync(descriptor: int) -> None:
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            sizes.append(os.fstat(descriptor).st_size)
+            meets(descriptor, len(sizes))
+
+    class Thread(ThreadPoolExecutor):
+        def submit(self, work: Callable[..., Any], /, *arguments: Any, **named: Any) -> Future[Any]:
+            done = super().submit(work, *arguments, **named)
+            done.exception()
+            return done
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(module, "ThreadPoolExecutor", Thread)
+    monkeypatch.setattr(module, "BEHIND", 4)
+    return sizes
+
+
+def test_a_long_file_is_flushed_on_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    sizes = flushes_at_once(monkeypatch, lambda descriptor, number: None)
+    counted: list[int] = []
+    out = write_folder(tmp_path / "out", pieces("long"), progress=counted.append)
+    assert sizes == [4, 8, 10] and sum(counted) == 10 and contents(out) == {"long": b"x" * 10}
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_what_any_flush_meets_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """The kernel tells of a failed write-back once; the flush after it succeeds and has nothing on the disk."""
+
+    def meets(descriptor: int, count: int) -> None:
+        if count == number:
+            raise OSError(errno.EIO, "Input/output error")
+
+    flushes_at_once(monkeypatch, meets)
+    with pytest.raises(SteerError, match="Input/output"):
+        write_folder(tmp_path / "out", pieces("long"))
+    assert not (tmp_path / "out").exists() and not (partial_name(tmp_path / "out") / "long").exists()
+    monkeypatch.undo()
+    assert contents(write_folder(tmp_path / "out", pieces("long"), resume=True)) == {"long": b"x" * 10}
 
 
 def test_half_a_file_of_a_killed_run_is_not_laid_over_a_link(tmp_path: Path) -> None:
