@@ -25,6 +25,7 @@ _ALL = (
     Verb("doctor", "steer.cli.doctor", "versions, devices, back ends, and whether steering does something here"),
     Verb("inspect", "steer.cli.inspect", "what a model is made of and which forms of change fit it; from headers"),
     Verb("generate", "steer.cli.generate", "write replies: to the terminal, or many into a run folder"),
+    Verb("serve", "steer.cli.serve", "vLLM's own server, with a folder of steerings that requests choose from"),
     Verb("evaluate", "steer.cli.evaluate", "answer a task: accuracy, lengths and closure, with intervals"),
     Verb("collect", "steer.cli.collect", "read a model over the traces of a run, once, into a summary"),
     Verb("probe length", "steer.cli.probe.length", "the direction from short to long thoughts"),
