@@ -244,7 +244,7 @@ class _Closing:
 
     def __init__(self, model: SteerableModel, traces: Sequence[Trace], span: str, batch_tokens: int) -> None:
         self.model, self.traces, self.span, self.batch_tokens = model, traces, span, batch_tokens
-        self.plan = make_plan(model, {trace.id: trace for trace in traces}, (span,), {})
+        self.plan = make_plan(model, {trace.id: trace for trace in traces}, (span,), {}, longest=model.longest)
         self.tokens = sorted({mark[0] for mark in model.marks.closing})
         self.head = head_of(model)
         self.chunk = chunk_of(model)

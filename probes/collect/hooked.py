@@ -23,6 +23,11 @@ class HookReader:
 
     model: SteerableModel
 
+    @property
+    def longest(self) -> int | None:
+        """How many positions the configuration allows."""
+        return self.model.longest
+
     def prepare(self, recorder: Recorder, layers: Layers) -> Prepared:
         """Return the recorder, knowing the model; errors as `Recorder.prepare`."""
         return recorder.prepare(self.model, layers)

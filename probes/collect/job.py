@@ -110,6 +110,7 @@ def prepare(reads: SteerableModel | Reader, traces: Traces | Iterable[Trace] | s
         dtype=DTYPES[options.dtype],
         label=_label(options),
         max_tokens=options.max_tokens,
+        longest=reader.longest,
     )
     meta = {
         "format_version": artifacts.FORMAT_VERSION,

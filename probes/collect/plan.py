@@ -112,6 +112,7 @@ def make_plan(
     dtype: torch.dtype = torch.float32,
     label: Callable[[Trace], str | None] | None = None,
     max_tokens: int | None = None,
+    longest: int | None = None,
 ) -> Plan:
     """Choose the traces, find their spans and count the bytes.
 
@@ -122,12 +123,13 @@ def make_plan(
         keeps: quantities of all recorders.
         dtype: of kept means.
         label: of a trace's group, to keep one row per group and shard; None keeps one row per trace.
-        max_tokens: longest trace to read; the model's own limit holds as well.
+        max_tokens: longest trace to read, for the caller.
+        longest: longest trace that the model reads.
 
     Raises:
         SteerError: a token id outside the vocabulary, or no trace left to read.
     """
-    limit = min(max_tokens or math.inf, model.longest or math.inf)
+    limit = min(max_tokens or math.inf, longest or math.inf)
     find = finder(model, spans)
     tally = _Tally(keeps, limit)
 

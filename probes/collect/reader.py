@@ -1,7 +1,7 @@
 """Who reads: a model as a collection sees it, and one way to put a batch of traces through it.
 
 Plan, shards, groups and the folder of a summary are the same whoever reads. `probes.collect.hooked` reads with hooks on
-a transformers model, for every recorder.
+a transformers model, for every recorder; `probes.collect.vllm` with an engine, for means and choices of experts.
 """
 
 from __future__ import annotations
@@ -52,11 +52,6 @@ class Model(Protocol):
         """One hash per change under which it is read."""
         ...
 
-    @property
-    def longest(self) -> int | None:
-        """Tokens of the longest sequence that it reads; None where nobody says."""
-        ...
-
 
 class Reader(Protocol):
     """Puts traces through a model and returns what recorders keep of them."""
@@ -64,6 +59,11 @@ class Reader(Protocol):
     @property
     def model(self) -> Model:
         """The model that it reads."""
+        ...
+
+    @property
+    def longest(self) -> int | None:
+        """Tokens of the longest trace that it reads; None where nobody says."""
         ...
 
     def prepare(self, recorder: Recorder, layers: Layers) -> Prepared:

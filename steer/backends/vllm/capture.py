@@ -33,20 +33,20 @@ class Wanted:
     """What is to be kept of one request; travels as `extra_args["steering_capture"]`.
 
     Attributes:
-        key: under which it is fetched; no two requests have the same.
         length: how many tokens are to be seen.
         prompt_length: how many of them are the trace's prompt, for the phases of a steering.
         means: the spans whose rows are added up, at every declared site.
         counts: the spans whose choices of experts are, in every declared layer.
         rows: whether every row comes back as well.
+        key: under which it is fetched; no two requests have the same. Written by `capture_read.read`.
     """
 
-    key: str
     length: int
     prompt_length: int
     means: tuple[Ranges, ...] = ()
     counts: tuple[Ranges, ...] = ()
     rows: bool = False
+    key: str = ""
 
     def __post_init__(self) -> None:
         for ranges in (*self.means, *self.counts):
@@ -125,7 +125,7 @@ class Taken:
     """
 
     sums: Mapping[Place, Float64[Tensor, "span hidden"]] = field(repr=False)
-    counts: Mapping[int, Float64[Tensor, "span experts_twice"]] = field(repr=False)
+    counts: Mapping[int, Float64[Tensor, "counted experts_twice"]] = field(repr=False)
     rows: Mapping[Place, Float[Tensor, "token hidden"]] = field(repr=False)
 
 

@@ -57,7 +57,7 @@ class Sums:
     wanted: Wanted
     seen: int = 0
     sums: Float64[Tensor, "place span hidden"] | None = None
-    counts: Float64[Tensor, "router span experts_twice"] | None = None
+    counts: Float64[Tensor, "router counted experts_twice"] | None = None
     rows: list[Tensor] = field(default_factory=list)
 
     def take(self, first: int, count: int, step: Step, experts: int) -> None:

@@ -33,7 +33,7 @@ def captured(places: Sequence[tuple[str, int]] = PLACES, dtype: torch.dtype = to
 
 def wanted(length: int, spans: Sequence[Sequence[int]], key: str = "a", rows: bool = True) -> Wanted:
     ranges = tuple(ranges_of(span) for span in spans)
-    return Wanted(key, length, 1, ranges, ranges, rows)
+    return Wanted(length, 1, ranges, ranges, rows, key)
 
 
 @st.composite
@@ -183,9 +183,9 @@ def test_what_is_wanted_travels_as_plain_data() -> None:
     one = wanted(9, [[1, 2, 7], []])
     assert Wanted.from_dict(one.to_dict()) == one
     with pytest.raises(SteerError, match="rising"):
-        Wanted("a", 9, 1, ((3, 2),))
+        Wanted(9, 1, ((3, 2),))
     with pytest.raises(SteerError, match="rising"):
-        Wanted("a", 9, 1, ((3, 10),))
+        Wanted(9, 1, ((3, 10),))
     with pytest.raises(SteerError, match=KEY):
         Wanted.from_dict({"key": "a"})
 
