@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-
 from steer.backends.vllm.config import Declared
+from steer.backends.vllm.kept import Kept
 from steer.backends.vllm.lowering import Lowered, lower
 from steer.backends.vllm.request import Request, effective
 from steer.backends.vllm.store import Store
 from steer.errors import SteerError
 from steer.steering import Steering
-
-KEPT = 1024
-"""Lowered steerings that a process keeps in memory."""
 
 
 class Library:
@@ -27,7 +23,7 @@ class Library:
 
     def __init__(self, declared: Declared) -> None:
         self.declared, self.store = declared, Store(declared.store)
-        self._lowered: OrderedDict[str, Lowered] = OrderedDict()
+        self._lowered: Kept[Lowered] = Kept()
 
     def acting(self, base: str, coefficient: float, phase: str | None) -> Steering | None:
         """Return what acts of a stored steering; None for nothing.
@@ -48,7 +44,6 @@ class Library:
         """
         known = self._lowered.get(request.fingerprint)
         if known is not None:
-            self._lowered.move_to_end(request.fingerprint)
             return known
         steering = self.acting(request.base, request.coefficient, request.phase)
         if steering is None or steering.fingerprint != request.fingerprint:
@@ -57,7 +52,5 @@ class Library:
                 f"{'none' if steering is None else steering.fingerprint}, which is what the store holds",
             )
         lowered = lower(steering, self.declared.experts, self.declared.chosen)
-        self._lowered[request.fingerprint] = lowered
-        while len(self._lowered) > KEPT:
-            self._lowered.popitem(last=False)
+        self._lowered.put(request.fingerprint, lowered, lowered.bytes)
         return lowered

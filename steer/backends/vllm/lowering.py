@@ -77,6 +77,12 @@ class Lowered:
     first_is_prompt: bool
     positional: bool
 
+    @property
+    def bytes(self) -> int:
+        """Memory of all rows."""
+        tensors = [value for row in self.rows.values() for value in vars(row).values() if isinstance(value, Tensor)]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
 
 def places_of(steering: Steering, experts: int = 0) -> tuple[Place, ...]:
     """Return the places that a steering needs, in order.

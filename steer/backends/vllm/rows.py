@@ -70,8 +70,6 @@ class Rows:
         self._live: dict[str, _Live] = {}
         self._free_rows = list(range(requests))
         self._quiet = True
-        self.touched: dict[str, int] = {}
-        """Fingerprint -> tokens of requests that ran with it."""
 
     def add(self, request_id: str, extra_args: Mapping[str, Any] | None, known: Known) -> None:
         """Take a request in, new or resumed; one without steering is not kept.
@@ -145,8 +143,6 @@ class Rows:
         code[span.start : span.start + span.count] = begin + State.OPENING
         prompt = min(max(live.request.prompt_length - 1 - span.position, 0), span.count)
         code[span.start : span.start + prompt] = begin + State.PROMPT
-        fingerprint = live.request.fingerprint
-        self.touched[fingerprint] = self.touched.get(fingerprint, 0) + span.count
 
     def _marked(self, code: Tensor, marked: Sequence[tuple[Span, _Live]], token_ids: Tensor | None) -> Tensor:
         if token_ids is None:

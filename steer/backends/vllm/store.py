@@ -10,14 +10,11 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections import OrderedDict
 from pathlib import Path
 
+from steer.backends.vllm.kept import Kept
 from steer.errors import SteerError
 from steer.steering import Steering
-
-KEPT = 256
-"""Steerings that a process keeps in memory."""
 
 
 class Store:
@@ -38,7 +35,7 @@ class Store:
                 "a folder that every machine of the engine can read",
                 "Give a folder on a shared disk (--store)",
             )
-        self._read: OrderedDict[str, Steering] = OrderedDict()
+        self._read: Kept[Steering] = Kept()
 
     def put(self, steering: Steering) -> str:
         """Keep a steering and return its fingerprint; what is there already stays.
@@ -68,9 +65,9 @@ class Store:
         Raises:
             SteerError: there is none, it is damaged, or does something else than its name says.
         """
-        if base in self._read:
-            self._read.move_to_end(base)
-            return self._read[base]
+        known = self._read.get(base)
+        if known is not None:
+            return known
         path = self.folder / base / "steering.yaml"
         if not base.isalnum() or not path.is_file():
             raise SteerError(f"the store {self.folder} has no steering {base[:40]!r}", "one that was put there")
@@ -81,7 +78,5 @@ class Store:
         return steering
 
     def _keep(self, base: str, steering: Steering) -> None:
-        self._read[base] = steering
-        self._read.move_to_end(base)
-        while len(self._read) > KEPT:
-            self._read.popitem(last=False)
+        size = sum(each.vectors.numel() * each.vectors.element_size() for each in steering.directions)
+        self._read.put(base, steering, size)
