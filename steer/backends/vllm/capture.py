@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import safetensors.torch
@@ -18,6 +18,9 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from steer.errors import SteerError
+
+if TYPE_CHECKING:
+    from steer.trace import Trace
 
 KEY = "steering_capture"
 SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
@@ -72,6 +75,11 @@ class Wanted:
             raise SteerError(f"a request has {KEY} = {plain!r}"[:400], "what SteeredLLM.read makes of a trace")
         spans = {name: tuple(tuple(map(int, each)) for each in plain[name]) for name in ("means", "counts")}
         return cls(**{**plain, **spans})
+
+
+def whole(trace: Trace) -> Wanted:
+    """Ask for every row of a trace."""
+    return Wanted(len(trace.tokens), trace.prompt_length, rows=True)
 
 
 def wanted_by(
