@@ -68,6 +68,19 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
     return save
 
 
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`shared_folder(name)`: a folder of this session that all workers of pytest-xdist see; lock what you write there."""
+    base = tmp_path_factory.getbasetemp()
+
+    def of(name: str) -> Path:
+        folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+        folder.mkdir(exist_ok=True)
+        return folder
+
+    return of
+
+
 @pytest.fixture
 def unchecked_types(monkeypatch: pytest.MonkeyPatch) -> None:
     """Turn the check of annotations off, for tests that hand over what the signature forbids."""

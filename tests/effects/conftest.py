@@ -1,6 +1,9 @@
-"""One laboratory for the whole lane, so that every run is made once."""
+"""One laboratory for the whole lane, so that every run is made once, whichever worker asks for it."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -8,6 +11,6 @@ from tests.effects.lab import Lab
 
 
 @pytest.fixture(scope="session")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
+def lab(shared_folder: Callable[[str], Path]) -> Lab:
     """The organism with its runs."""
-    return Lab(tmp_path_factory.mktemp("effects"))
+    return Lab(shared_folder("effects"))

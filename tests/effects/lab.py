@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 
 import probes
 import steer
@@ -89,16 +90,18 @@ class Lab:
             raise ValueError(f"{name!r} names a run; use small letters, digits and _ . + - alone")
         if name not in self.runs:
             sampling = Sampling(temperature=self.card["temperature"], max_new_tokens=self.card["max_new_tokens"])
-            self.runs[name] = evaluate(
-                model,
-                task,
-                out=self.folder / name,
-                limit=questions,
-                samples=samples,
-                sampling=sampling,
-                seed=0,
-                batch_size=256,
-            )
+            with FileLock(self.folder / f"{name}.lock"):  # Another worker may be making it, or have made it.
+                self.runs[name] = evaluate(
+                    model,
+                    task,
+                    out=self.folder / name,
+                    limit=questions,
+                    samples=samples,
+                    sampling=sampling,
+                    seed=0,
+                    batch_size=256,
+                    resume=True,
+                )
         return self.runs[name]
 
     @cached_property

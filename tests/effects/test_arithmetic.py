@@ -7,7 +7,7 @@ inside what 200 questions showed (docs/editing_weights.md): .17 .33 .46 .57 .64,
 
 from __future__ import annotations
 
-import os
+from collections.abc import Callable
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -71,11 +71,8 @@ class Vectors:
 
 
 @pytest.fixture(scope="session")
-def vectors(tmp_path_factory: pytest.TempPathFactory) -> Vectors:
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "vectors"
-    folder.mkdir(exist_ok=True)
-    return Vectors(folder)
+def vectors(shared_folder: Callable[[str], Path]) -> Vectors:
+    return Vectors(shared_folder("vectors"))
 
 
 @pytest.mark.parametrize("alpha", [-1.0, 0.5])

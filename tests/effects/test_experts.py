@@ -6,8 +6,9 @@ since larger ones break the arithmetic whatever is scaled.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
+from pathlib import Path
 
 import pytest
 
@@ -77,13 +78,13 @@ def length(trace: Trace) -> float:
 
 
 @pytest.fixture(scope="module")
-def planted(tmp_path_factory: pytest.TempPathFactory) -> Mixture:
-    return Mixture(Lab(tmp_path_factory.mktemp("moe"), "chain-moe"))
+def planted(shared_folder: Callable[[str], Path]) -> Mixture:
+    return Mixture(Lab(shared_folder("moe"), "chain-moe"))
 
 
 @pytest.fixture(scope="module")
-def twin(tmp_path_factory: pytest.TempPathFactory) -> Mixture:
-    return Mixture(Lab(tmp_path_factory.mktemp("moe-plain"), "chain-moe-plain"))
+def twin(shared_folder: Callable[[str], Path]) -> Mixture:
+    return Mixture(Lab(shared_folder("moe-plain"), "chain-moe-plain"))
 
 
 def test_scores_find_the_planted_experts_and_no_others(planted: Mixture) -> None:

@@ -30,7 +30,9 @@ def test_a_run_is_made_once_and_lies_under_its_name(lab: Lab, tmp_path: Path) ->
     other = Lab(tmp_path)
     run = other.ask("plain", lab.model, questions=2, samples=1)
     assert other.ask("plain", lab.model, questions=2, samples=1) is run
-    assert [folder.name for folder in tmp_path.iterdir()] == ["plain"]
+    assert [folder.name for folder in tmp_path.iterdir() if folder.is_dir()] == ["plain"]
+    another_worker = Lab(tmp_path)
+    assert another_worker.ask("plain", lab.model, questions=2, samples=1).traces == run.traces
     assert run.traces == Run.load(tmp_path / "plain").traces
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,21 +16,13 @@ from tests.vllm.lab import Bench
 
 
 @pytest.fixture(scope="session")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that all workers see."""
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "vllm"
-    folder.mkdir(exist_ok=True)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def bench(shared: Path) -> Callable[[str], Bench]:
+def bench(shared_folder: Callable[[str], Path]) -> Callable[[str], Bench]:
     """`bench("chain" | "chain-moe" | "qwen2")`: a model and the steerings of `cases`.
 
     The organisms' heads are of 16 numbers, and vLLM's kernels for processors begin at 32: these are their wider copies.
     """
     made: dict[str, Bench] = {}
+    shared = shared_folder("vllm")
 
     def of(name: str) -> Bench:
         if name not in made:

@@ -35,6 +35,7 @@ OPTIONS: dict[str, Any] = {**ENGINE, "seed": 0, "enable_prefix_caching": False, 
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false",
+    "VLLM_PLUGINS": "steer",  # Others that lie in .venv would be loaded, too.
 }  # fmt: skip
 SAME = 1e-5
 CLEAR = 1e-4
