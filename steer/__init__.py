@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from steer.lazy import export
 
 if TYPE_CHECKING:
+    from steer.backends.vllm.llm import SteeredLLM as SteeredLLM
     from steer.coverage import Coverage as Coverage
     from steer.coverage import coverage as coverage
     from steer.directions import Direction as Direction
@@ -53,6 +54,7 @@ export(
         "SetComponent": "steer.interventions",
         "SteerError": "steer.errors",
         "SteerableModel": "steer.model",
+        "SteeredLLM": "steer.backends.vllm.llm",
         "Steering": "steer.steering",
         "Trace": "steer.traces",
         "Traces": "steer.traces",

@@ -199,8 +199,9 @@ def run_meta(
     thinking: bool | None,
 ) -> dict[str, Any]:
     """What `run.yaml` says about a generation: every option that its traces depend on."""
-    identity = getattr(model, "identity", None)
+    identity, backend = getattr(model, "identity", None), getattr(model, "backend", None)
     return {
+        **({} if backend is None else {"backend": backend}),
         "model": None if identity is None else identity.to_dict(),
         "changes": list(getattr(model, "change_ids", ())),
         "tokenizer_id": tokenizer_id(model.tokenizer) if identity is None else identity.tokenizer_id,

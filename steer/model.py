@@ -137,7 +137,7 @@ class SteerableModel:
     @property
     def change_ids(self) -> tuple[str, ...]:
         """One hash per change in force; "unknown" for a `Custom` function; empty for a plain model."""
-        return tuple(_change_id(change, coefficient) for change, coefficient in self.in_force)
+        return tuple(change_id(change, coefficient) for change, coefficient in self.in_force)
 
     def out_projection(self, layer: int) -> nn.Module:
         """The attention output projection of one layer."""
@@ -359,7 +359,8 @@ class SteerableModel:
         return generate(self, prompts, **options)
 
 
-def _change_id(change: Change, coefficient: float) -> str:
+def change_id(change: Any, coefficient: float) -> str:
+    """Return the hash of a steering, a patch or an adapter at its coefficient; "unknown" for a `Custom` function."""
     if isinstance(change, Steering) and not change.has_fingerprint:
         return UNKNOWN
     return digest([change.fingerprint.encode(), canonical(coefficient).encode()])

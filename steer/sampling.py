@@ -61,7 +61,7 @@ class Sampling:
     def of(cls, model: Any) -> Sampling:
         """What the model's card (organisms) or `generation_config` asks for; greedy where it does not ask for sampling."""
         card = getattr(model, "card", None) or {}
-        told = model.hf.generation_config
+        told = _generation_config(model)
         longest = card.get("max_new_tokens") or told.max_new_tokens or cls.max_new_tokens
         if card.get("temperature") is not None:
             return cls(temperature=float(card["temperature"]), max_new_tokens=int(longest))
@@ -145,9 +145,15 @@ def _invert(weights: Float[Tensor, "batch kept"], uniform: Float[Tensor, " batch
     return torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=weights.shape[1] - 1)
 
 
+def _generation_config(model: Any) -> Any:
+    """Of an engine's own, or of the Hugging Face model."""
+    own = getattr(model, "generation_config", None)
+    return model.hf.generation_config if own is None else own
+
+
 def end_tokens(model: Any) -> frozenset[int]:
     """Ids that end a reply: the generation config's, else the tokenizer's; empty if neither names one."""
-    told = model.hf.generation_config.eos_token_id
+    told = _generation_config(model).eos_token_id
     if told is None:
         told = model.tokenizer.eos_token_id
     if told is None:

@@ -1,0 +1,125 @@
+"""Changes of weights per request: adapters of low rank through vLLM's own multi-LoRA, chosen by name like a steering.
+
+A patch of heads (ThinkEdit) is one exactly; it is written as an adapter for the very folder that vLLM reads. What is no
+product of low rank, such as scaled experts, is refused with the way that it has: a patched checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from steer.adapters import CONFIG
+from steer.errors import SteerError
+from steer.identity import ModelIdentity, check_same, digest
+from steer.patches import Patch
+from steer.steering import Steering
+from steer.weights import file_hash
+
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""Ranks that vLLM makes room for."""
+TOGETHER = 8
+"""Adapters of one batch; more of them take turns."""
+Weights = Patch | Steering | str | Path
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter that an engine may be asked for.
+
+    Attributes:
+        name: how it is asked for.
+        folder: as PEFT writes it.
+        rank: the highest of its targets.
+        number: how vLLM tells it from others.
+        fingerprint: of the patch, or of the folder's files.
+    """
+
+    name: str
+    folder: Path
+    rank: int
+    number: int
+    fingerprint: str
+
+    def request(self) -> Any:
+        """Return vLLM's `LoRARequest`."""
+        from vllm.lora.request import LoRARequest
+
+        return LoRARequest(self.name, self.number, str(self.folder))
+
+
+def prepared(
+    given: Mapping[str, Weights], folder: Path, identity: ModelIdentity, scratch: Path, own: bool
+) -> dict[str, Adapter]:
+    """Return adapters ready to be asked for, writing those that are patches.
+
+    Args:
+        given: name -> a patch, a steering with a patch form, or the folder of an adapter.
+        folder: that vLLM reads.
+        identity: of the model.
+        scratch: where adapters are written.
+        own: whether `folder` is the model's own, not a copy with wider heads.
+
+    Raises:
+        SteerError: a change that is no product of low rank, another model's, or a folder that is no adapter.
+    """
+    found = {}
+    for number, (name, change) in enumerate(given.items(), start=1):
+        if isinstance(change, str | Path):
+            place = Path(change)
+            if not own:
+                raise SteerError(
+                    f"the adapter {place} was made for heads of another width than vLLM runs this model with",
+                    "a patch, which is written for the copy with wider heads",
+                    "Give the patch itself, or run on a GPU",
+                )
+            fingerprint = digest([file_hash(path).encode() for path in sorted(place.glob("adapter_*"))])
+        else:
+            place = scratch / f"adapter-{number}"
+            fingerprint = _written(change, folder, identity, place, own)
+        found[name] = Adapter(name, place, rank_of(place), number, fingerprint)
+    return found
+
+
+def _written(change: Patch | Steering, folder: Path, identity: ModelIdentity, place: Path, own: bool) -> str:
+    """Write a patch as an adapter and return its fingerprint."""
+    patch = change if isinstance(change, Patch) else Patch.from_steering(change, folder)
+    check_same(patch.model, identity, "the patch")
+    # A copy with wider heads has other bytes and another shape, and is the same model.
+    fitting = patch if own else replace(patch, model=None, expects={})
+    import_module("edits.lora").export_lora(fitting, folder, place)
+    return patch.fingerprint
+
+
+def rank_of(folder: Path) -> int:
+    """Return the highest rank of an adapter, by its configuration.
+
+    Raises:
+        SteerError: there is none, or it says no rank.
+    """
+    try:
+        config = json.loads((folder / CONFIG).read_bytes())
+        return max(int(config["r"]), *map(int, config.get("rank_pattern", {}).values()), 0)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SteerError(f"{folder / CONFIG} says no rank ({error})", "an adapter as PEFT writes it") from None
+
+
+def options(adapters: Iterable[Adapter]) -> dict[str, Any]:
+    """Return the arguments of `vllm.LLM` that make room for adapters.
+
+    Raises:
+        SteerError: a rank above what vLLM has room for.
+    """
+    held = list(adapters)
+    if not held:
+        return {}
+    highest = max(adapter.rank for adapter in held)
+    room = [rank for rank in RANKS if rank >= highest]
+    if not room:
+        raise SteerError(f"an adapter has rank {highest}", f"at most {RANKS[-1]}, which vLLM has room for")
+    together = min(len(held), TOGETHER)
+    return {"enable_lora": True, "max_lora_rank": room[0], "max_loras": together, "max_cpu_loras": len(held)}
