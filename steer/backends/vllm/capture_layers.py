@@ -29,9 +29,9 @@ from steer.errors import SteerError
 
 
 class _Given(nn.Module):
-    """A decoder layer that writes the stream that it is given; `steer_given` says where that stands in the call."""
+    """A decoder layer that writes the stream that it is given; `steer_stream_at` says where that stands in the call."""
 
-    steer_given: tuple[int, int]
+    steer_stream_at: tuple[int, int]
     steer_pre: tuple[Tensor, ...]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -39,7 +39,7 @@ class _Given(nn.Module):
         residual: Any
         hidden, residual = (
             kwargs[name] if name in kwargs else args[at] if at < len(args) else None
-            for name, at in zip(("hidden_states", "residual"), self.steer_given, strict=True)
+            for name, at in zip(("hidden_states", "residual"), self.steer_stream_at, strict=True)
         )
         for buffer in self.steer_pre:
             _write(buffer, hidden if residual is None else hidden + residual)
@@ -97,7 +97,7 @@ def before(layers: Mapping[int, nn.Module], captured: Captured) -> None:
                     "Read resid_post, or use the HF back end",
                 )
             given = names.index("hidden_states"), names.index("residual") if "residual" in names else len(names)
-            _become(layer, _Given, steer_given=given, steer_pre=buffers)
+            _become(layer, _Given, steer_stream_at=given, steer_pre=buffers)
 
 
 def after(layers: Mapping[int, nn.Module], captured: Captured, declared: Declared) -> None:
