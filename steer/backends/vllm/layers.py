@@ -7,6 +7,7 @@ A changed class keeps the parameters' names, and is there before anything is tra
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -35,8 +36,9 @@ class _Steered(nn.Module):
 
 
 class _SteeredLayer(_Steered):
-    """A decoder layer: changes of `resid_pre` (layer 0) and `resid_post`."""
+    """A decoder layer: changes of `resid_pre` (layer 0) and `resid_post`; `steer_given` is where it is given the stream."""
 
+    steer_given: int
     steer_before: bool
     steer_after: bool
 
@@ -74,14 +76,33 @@ class _SteeredPart(_Steered):
         return (output.float() + added).to(output.dtype)
 
 
-def _with_stream(layer: _Steered, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:  # fmt: skip
+def _with_stream(layer: _SteeredLayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:  # fmt: skip
     """Change `hidden_states` of the first layer, where it is the whole stream."""
-    if "hidden_states" in kwargs:
-        hidden = kwargs["hidden_states"]
-        return args, {**kwargs, "hidden_states": (hidden.float() + layer.steer_change(hidden, "resid_pre")).to(hidden.dtype)}  # fmt: skip
-    hidden = args[1]
+    given = "hidden_states" in kwargs
+    hidden = kwargs["hidden_states"] if given else args[layer.steer_given]
     changed = (hidden.float() + layer.steer_change(hidden, "resid_pre")).to(hidden.dtype)
-    return (args[0], changed, *args[2:]), kwargs
+    if given:
+        return args, {**kwargs, "hidden_states": changed}
+    return (*args[: layer.steer_given], changed, *args[layer.steer_given + 1 :]), kwargs
+
+
+def signature(layer: nn.Module) -> inspect.Signature:
+    """Return how vLLM calls a layer, `self` included, whatever classes were put before its own.
+
+    Raises:
+        SteerError: `hidden_states` is not among the names.
+    """
+    own: Any = next(
+        cls for cls in type(layer).__mro__ if "forward" in vars(cls) and not cls.__module__.startswith("steer.")
+    )
+    found = inspect.signature(own.forward)
+    if "hidden_states" not in found.parameters:
+        raise SteerError(
+            f"vLLM's {own.__name__} is called with {', '.join(found.parameters)}",
+            "hidden_states among them",
+            "Use the hook form",
+        )
+    return found
 
 
 def decoder_layers(model: nn.Module, declared: Declared) -> dict[int, nn.Module]:
@@ -147,6 +168,7 @@ def install(layers: Mapping[int, nn.Module], tables: Tables) -> None:
         layer = layers[number]
         _become(layer, _SteeredLayer, tables, ("resid_pre", "resid_post"), number)
         held = layer.steer_tables
+        layer.steer_given = list(signature(layer).parameters).index("hidden_states") - 1  # type: ignore[assignment]
         layer.steer_before = any(name.startswith("resid_pre") for name in held)  # type: ignore[assignment, union-attr]
         layer.steer_after = any(name.startswith("resid_post") for name in held)  # type: ignore[assignment, union-attr]
 

@@ -8,12 +8,12 @@ weights; every other token keeps what the router returned, to the bit:
     w_e <- w_e f_e,  and the token's own sum back where it is asked for
 
 Where the family adds a selection bias to its scores, vLLM's kernels take one bias for all tokens. There the rule is written
-out here, with a bias per token, and the self-check proves at start that it is the kernel's.
+out here, with a bias per token, and `router_check` proves at start that it is the kernel's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,16 +34,19 @@ class Rerouting:
     """What takes the place of a router's `_compute_routing`.
 
     Args:
-        router: vLLM's.
+        owner: the module that asks the router, and gives its choice to the kernel.
         bias, scale: tables of the layer, or None.
         code, slot: of the step's tokens, see `steer.backends.vllm.tables.Tables`.
     """
 
-    def __init__(self, router: Any, bias: Table | None, scale: Table | None, code: Tensor, slot: Tensor) -> None:
-        self.router, self.bias, self.scale, self.code, self.slot = router, bias, scale, code, slot
-        self.own = router._compute_routing
+    def __init__(self, owner: Any, bias: Table | None, scale: Table | None, code: Tensor, slot: Tensor) -> None:
+        self.owner, self.bias, self.scale, self.code, self.slot = owner, bias, scale, code, slot
+        self.router: Any = owner.router
+        self.own: Callable[..., tuple[Tensor, Tensor]] = self.router._compute_routing
 
-    def __call__(self, hidden_states: Tensor, router_logits: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:  # fmt: skip
+    def __call__(
+        self, hidden_states: Tensor, router_logits: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         weights, ids = self.own(hidden_states, router_logits, *args, **kwargs)
         count = router_logits.shape[0]
         code, slot = self.code[:count], self.slot[:count]
@@ -65,8 +68,7 @@ class Rerouting:
         logits = forced(router_logits.float() + added, inward, outward)
         bias = getattr(self.router, SELECTION_BIAS, None)
         if bias is None:
-            weights, ids = self.own(hidden_states, logits, *args, **kwargs)
-            return weights, ids
+            return self.own(hidden_states, logits, *args, **kwargs)
         bias = bias.float()
         return rule(self.router, logits, preferred(bias.expand(logits.shape), bias, inward, outward))
 
@@ -107,26 +109,26 @@ def rule(
     return weights * router.routed_scaling_factor, ids
 
 
-def install(layers: Mapping[int, nn.Module], tables: Tables) -> dict[int, nn.Module]:
+def install(layers: Mapping[int, nn.Module], tables: Tables) -> dict[int, Rerouting]:
     """Let the router of every layer whose experts are declared look its change up.
 
     Returns:
-        Layer -> the module that owns the router.
+        Layer -> what was put before its router.
 
     Raises:
         SteerError: a layer has no router, one that its kernel bypasses, or one whose choice cannot be changed.
     """
-    owners = {}
+    found = {}
     for number in sorted({layer for site, kind, layer in tables.at if (site, kind) in KINDS}):
-        owner = owners[number] = owner_of(layers[number], number)
+        owner = owner_of(layers[number], number)
         bias, scale = (tables.at.get((site, kind, number)) for site, kind in KINDS)
-        router: Any = owner.router
-        _check(router, number, bias is not None)
-        router._compute_routing = Rerouting(router, bias, scale, tables.code, tables.slot)
-    return owners
+        _check(owner.router, number, bias is not None)
+        found[number] = Rerouting(owner, bias, scale, tables.code, tables.slot)
+        found[number].router._compute_routing = found[number]
+    return found
 
 
-def owner_of(layer: nn.Module, number: int) -> nn.Module:
+def owner_of(layer: nn.Module, number: int) -> Any:
     """Return the module of a layer that asks a router for the choice of experts.
 
     Raises:

@@ -50,11 +50,11 @@ class Worker:
         if self.captured is not None:
             capture_layers.before(layers, self.captured)
         in_layers.install(layers, self.tables)
-        routers.install(layers, self.tables)
+        rerouted = routers.install(layers, self.tables)
         if self.captured is not None:
             capture_layers.after(layers, self.captured, declared)
         self.rows = Rows(Library(declared), self.tables, config.scheduler_config.max_num_seqs, self.captured)
-        selfcheck.prove(worker, model, layers, self.tables)
+        selfcheck.prove(worker, model, layers, self.tables, rerouted)
         follow = runner_v2.follow if hasattr(runner, "model_state") else runner_v1.follow
         follow(runner, self.rows)
         logger.info(
