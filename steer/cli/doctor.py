@@ -7,12 +7,13 @@ import platform
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
 from steer.cli.options import Json, Quiet, Seed
 from steer.cli.output import Output
+from steer.errors import SteerError
 
 CORE = ("torch", "transformers", "safetensors", "tokenizers", "accelerate", "huggingface_hub", "numpy", "scikit-learn")
 EXTRAS = {
@@ -33,12 +34,36 @@ BACK_ENDS = {
 MODEL = "organism:chain"
 
 
-def command(json: Json = False, quiet: Quiet = False, seed: Seed = 0) -> None:
+Server = Annotated[
+    str | None, typer.Option("--server", show_default=False, help="Ask a running `steer serve` instead, by its URL.")
+]
+Name = Annotated[
+    str | None, typer.Option("--steering", show_default="the first that is served", help="Which one, with --server.")
+]
+KeyVariable = Annotated[
+    str,
+    typer.Option("--key-env", help="The variable of the environment that holds the server's key, where it has one."),
+]
+
+
+def command(
+    server: Server = None,
+    steering: Name = None,
+    key_env: KeyVariable = "VLLM_API_KEY",
+    json: Json = False,
+    quiet: Quiet = False,
+    seed: Seed = 0,
+) -> None:
     """Say which versions, devices and back ends are here, and steer the bundled model to see that it works.
 
     Exit status 1 if the steered model is not exactly what it should be.
     """
     out = Output(json, quiet)
+    if server is not None:
+        _ask(out, server, steering, key_env)
+        return
+    if steering is not None:
+        raise SteerError("--steering was given without --server", "the server that has it", "Add --server URL")
     packages = {name: installed(name) for name in CORE}
     extras = {extra: {name: installed(name) for name in names} for extra, names in EXTRAS.items()}
     ready = {name: find_spec(module) is not None for name, (module, _) in BACK_ENDS.items()}
@@ -73,6 +98,23 @@ def command(json: Json = False, quiet: Quiet = False, seed: Seed = 0) -> None:
             "canary": {"model": MODEL, **asdict(canary), "passed": canary.passed},
         }
     )
+    if not canary.passed:
+        raise typer.Exit(1)
+
+
+def _ask(out: Output, url: str, steering: str | None, variable: str) -> None:
+    """Steer at a running server, and say whether it did."""
+    from steer.backends.vllm.server.canary import sing
+
+    canary = sing(url, os.environ.get(variable), steering)
+    verdict = "works" if canary.passed else "DOES NOT WORK"
+    out.text(
+        f"Steering {verdict} at {canary.url}: {canary.steering!r} at {canary.coefficient:g} moved log-probabilities of"
+        f" {canary.model} by {canary.change:.3g} ({'another' if canary.tokens_differ else 'the same'} greedy reply);"
+        f" two plain replies differ by {canary.noise:.2g}; the replies said"
+        f" {'correctly' if canary.said else 'WRONGLY'} what they were steered by."
+    )
+    out.result({"server": {**asdict(canary), "passed": canary.passed}})
     if not canary.passed:
         raise typer.Exit(1)
 

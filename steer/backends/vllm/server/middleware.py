@@ -17,7 +17,9 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Awaitable, Callable
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, TypeVar
 
 from steer.backends.vllm.server.asking import Ask, Prompt, RequestError, Served, said
 from steer.backends.vllm.server.bodies import (
@@ -35,11 +37,13 @@ from steer.backends.vllm.server.bodies import (
 from steer.backends.vllm.server.front import Front, Started
 from steer.backends.vllm.server.metrics import Count, counter
 
+T = TypeVar("T")
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 STEERED: dict[str, Prompt] = {"/v1/chat/completions": "chat", "/v1/completions": "raw"}
 HARMLESS = ("/tokenize", "/detokenize")
 OPEN = ("/health", "/ping", "/metrics", "/version", "/load")
 """Paths that need no key, as in vLLM."""
+THREADS = 4
 KINDS = {400: "BadRequestError", 401: "Unauthorized", 403: "Forbidden", 404: "NotFoundError"}
 OTHER = "ServiceUnavailableError"
 
@@ -60,6 +64,8 @@ class SteeringMiddleware:
         self.app = app
         self.front = Front(Started.from_environment()) if front is None else front
         self.count = counter() if count is None else count
+        # Of its own: the event loop's is closed while the last replies are still being written.
+        self._files = ThreadPoolExecutor(THREADS, "steerings")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request, as ASGI 3 has it."""
@@ -86,12 +92,12 @@ class SteeringMiddleware:
         key = None if path in OPEN else self.front.key(_header(scope, b"authorization"))
         if path in STEERED and method == "POST":
             body = await self._body(scope, receive)
-            served, changed = await asyncio.to_thread(self.front.admit, body, key, STEERED[path])
+            served, changed = await self._away(partial(self.front.admit, body, key, STEERED[path]))
             return await self._hand_on(scope, changed, receive, _Reply(send, served, self.count))
         if path == "/steerings" and method == "GET":
-            return await _answer(await asyncio.to_thread(self.front.listing, key), send)
+            return await _answer(await self._away(partial(self.front.listing, key)), send)
         if path == "/health" and method == "GET":
-            lacking = await asyncio.to_thread(self.front.health)
+            lacking = await self._away(self.front.health)
             if lacking:
                 raise RequestError(503, lacking)
         elif method == "POST" and path in (*HARMLESS, *self.front.settings().endpoints):
@@ -103,6 +109,10 @@ class SteeringMiddleware:
             remedy = "The operator can list it under endpoints of the settings, where nothing is steered"
             raise RequestError(404, f"{method} {path} would run unsteered", f"one of {', '.join(STEERED)}", remedy)
         return await self.app(scope, receive, send)
+
+    async def _away(self, action: Callable[[], T]) -> T:
+        """Do what reads files in another thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._files, action)
 
     async def _body(self, scope: Scope, receive: Receive) -> dict[str, Any]:
         most = self.front.settings().body_bytes
