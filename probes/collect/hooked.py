@@ -22,6 +22,7 @@ class HookReader:
     """Reads a loaded model with its interventions active; a `probes.collect.reader.Reader` for every recorder."""
 
     model: SteerableModel
+    engine = None
 
     @property
     def longest(self) -> int | None:

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from probes.collect.reader import Model
+from probes.collect.reader import Shaped
 from probes.collect.recorders import Batch, Kept, Layers, Prepared
 from steer.errors import SteerError
 from steer.sites import site as known_site
@@ -64,7 +64,7 @@ class SpanMeans:
         """Return the fields as plain data."""
         return {"sites": list(self.sites), "spans": list(self.spans)}
 
-    def prepare(self, model: Model, layers: Layers) -> Prepared:
+    def prepare(self, model: Shaped, layers: Layers) -> Prepared:
         """Return what it reads and keeps: `site/span` of shape (layer, hidden) or (layer, heads, head width).
 
         Raises:
@@ -118,7 +118,7 @@ def check_spans(spans: tuple[str, ...]) -> None:
         check_span(span)
 
 
-def layers_with(model: Model, site: str, layers: Layers) -> Layers:
+def layers_with(model: Shaped, site: str, layers: Layers) -> Layers:
     """Return those of the layers that have a site.
 
     Raises:
@@ -134,7 +134,7 @@ def layers_with(model: Model, site: str, layers: Layers) -> Layers:
     return found
 
 
-def width(model: Model, name: str) -> tuple[int, ...]:
+def width(model: Shaped, name: str) -> tuple[int, ...]:
     """Return the shape of one token's value at a site: (hidden,) or (heads, head width)."""
     anatomy = model.anatomy
     return (anatomy.heads, anatomy.head_width) if known_site(name).per_head else (anatomy.hidden,)

@@ -6,7 +6,7 @@ a transformers model, for every recorder; `probes.collect.vllm` with an engine, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from steer.marks import Marks
 
 
-class Model(Protocol):
-    """What plan, summary and the shapes of recorders ask of a model, whatever runs it; see `steer.model`."""
+class Shaped(Protocol):
+    """What the shapes of recorders ask of a model."""
 
     @property
     def name(self) -> str:
@@ -31,6 +31,10 @@ class Model(Protocol):
     def anatomy(self) -> Anatomy:
         """Where its parts are, and how many."""
         ...
+
+
+class Model(Shaped, Protocol):
+    """What plan and summary ask of a model, whatever runs it; see `steer.model`."""
 
     @property
     def identity(self) -> ModelIdentity:
@@ -59,6 +63,11 @@ class Reader(Protocol):
     @property
     def model(self) -> Model:
         """The model that it reads."""
+        ...
+
+    @property
+    def engine(self) -> Mapping[str, Any] | None:
+        """What runs the model, for journal and provenance; None for this process, by hooks."""
         ...
 
     @property

@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from probes.collect.reader import Model
+from probes.collect.reader import Shaped
 from probes.collect.recorders import Batch, Kept, Layers, Pass, Prepared
 from steer.errors import SteerError
 from steer.routing import Routing
@@ -64,7 +64,7 @@ class RouterCounts:
         """Return what it keeps, and how it hears the routers; errors as `kept`."""
         return replace(self.kept(model, layers), within=partial(_heard, model))
 
-    def kept(self, model: Model, layers: Layers) -> Prepared:
+    def kept(self, model: Shaped, layers: Layers) -> Prepared:
         """Return what it keeps, for those of the layers that have experts.
 
         Raises:

@@ -126,7 +126,8 @@ def _in_memory(job: Job, meter: Meter) -> Summary:
 
 
 def _on_disk(job: Job, folder: Path, meter: Meter) -> Summary:
-    key = {**job.meta, "groups": job.plan.groups}
+    engine = job.reader.engine
+    key = {**job.meta, "groups": job.plan.groups, **({} if engine is None else {"engine": engine})}
 
     def begin() -> None:
         if UNKNOWN in job.reader.model.change_ids and (folder / "journal").is_dir():
@@ -154,6 +155,7 @@ def _on_disk(job: Job, folder: Path, meter: Meter) -> Summary:
             data_hash=job.plan.traces_hash,
             data_count=len(rows),
             convention="one row per trace or group",
+            options=engine,
         )
         store = write_shard(path(shard), rows, tensors, story)
         journal.write(shard, store.tensors_id.encode(), {"seconds": seconds, "traces": len(shard.ids)})

@@ -1,7 +1,7 @@
 """Reading with vLLM: means over spans and choices of experts, into the same summaries.
 
     recorders = (SpanMeans(("resid_post",), ("thinking",)),)
-    with SteeredLLM("organism:chain", capture=...) as llm:
+    with SteeredLLM("organism:chain", capture=places(recorders, Known.of("organism:chain"))) as llm:
         collect(VllmReader(llm), run, out="summary", recorders=recorders)
 
 Traces go through the engine as prompts, with chunked prefill and as many at a time as it runs; their sums are drawn on
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from probes.collect.means import SpanMeans
-from probes.collect.reader import Model
+from probes.collect.reader import Shaped
 from probes.collect.recorders import Batch, Kept, Layers, Prepared, Recorder
 from probes.collect.routing import ALL, COUNT, WEIGHT, RouterCounts
 from steer.backends.vllm.capture import ROUTER, SITES, Place, Taken, Wanted, ranges_of
@@ -38,6 +38,11 @@ class VllmReader:
     """Reads traces with an engine, under the changes of a view of it; a `probes.collect.reader.Reader`."""
 
     model: SteeredLLM
+
+    @property
+    def engine(self) -> dict[str, Any]:
+        """Name and version of the engine, and how it runs."""
+        return self.model.backend
 
     @property
     def longest(self) -> int:
@@ -94,11 +99,11 @@ class VllmReader:
             "weights": f"files {identity.weights_id}",
             "marks": self.model.marks.to_dict(),
             "changes": list(self.model.change_ids),
-            "engine": self.model.backend,
+            "engine": self.engine,
         }
 
 
-def prepare(recorder: Recorder, model: Model, layers: Layers) -> Prepared:
+def prepare(recorder: Recorder, model: Shaped, layers: Layers) -> Prepared:
     """Return a recorder that vLLM can run, knowing the model.
 
     Raises:
@@ -114,7 +119,7 @@ def prepare(recorder: Recorder, model: Model, layers: Layers) -> Prepared:
     return recorder.prepare(model, layers)
 
 
-def places(recorders: Sequence[Recorder], model: Model, layers: Sequence[int] | None = None) -> tuple[Place, ...]:
+def places(recorders: Sequence[Recorder], model: Shaped, layers: Sequence[int] | None = None) -> tuple[Place, ...]:
     """Return what an engine must be started to read for these recorders; errors as `prepare`."""
     chosen = tuple(range(model.anatomy.layers)) if layers is None else tuple(sorted(set(layers)))
     return tuple(sorted({place for each in recorders for place in _places(prepare(each, model, chosen))}))

@@ -20,6 +20,7 @@ from probes.collect.segments import SegmentMeans
 from probes.collect.summary import Summary
 from probes.collect.vllm import VllmReader, places
 from probes.experts.score import expert_scores
+from steer import artifacts
 from steer.backends.vllm.capture import KEY, Place, Taken, Wanted
 from steer.backends.vllm.capture_read import buffer_bytes, read
 from steer.backends.vllm.capture_worker import Captured
@@ -264,3 +265,15 @@ def test_a_run_of_traces_is_read_from_disk(tmp_path: Path) -> None:
     found = collect(one, tmp_path / "run", sites=("resid_post",), spans=("thinking",))
     assert len(found) == len(run)
     assert steer.identity.tokenizer_id(model.tokenizer) == model.identity.tokenizer_id
+
+
+def test_a_collection_goes_on_only_with_the_engine_that_began_it(tmp_path: Path) -> None:
+    run, model = made.traces(3), made.model()
+    recorders = [SpanMeans(("resid_post",), ("thinking",))]
+    one = reader(model, recorders, backend={"name": "vllm", "version": "0.32.0"})
+    found = collect(one, run, tmp_path / "out", recorders=recorders)
+    shard = artifacts.read_block(next((tmp_path / "out").glob("shard-*")))
+    assert shard["options"] == one.engine, "a shard says what read it"
+    assert collect(one, run, tmp_path / "out", recorders=recorders, resume=True).rows == found.rows
+    with pytest.raises(SteerError, match="other options"):
+        collect(model, run, tmp_path / "out", recorders=recorders, resume=True)

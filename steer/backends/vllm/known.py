@@ -34,6 +34,11 @@ class Known:
     identity: ModelIdentity
     generation_config: Any
 
+    @property
+    def name(self) -> str:
+        """How it was named."""
+        return self.source.name
+
     @classmethod
     def of(cls, model: str | Path, record: str | Path | None = None) -> Known:
         """Read a model's headers and tokenizer.
