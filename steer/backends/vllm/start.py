@@ -7,6 +7,7 @@ process of its own and a compiler cost a minute at start and save nothing on sma
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
@@ -132,10 +133,20 @@ def options(
         own |= {"max_num_seqs": MOST_ON_PROCESSORS, "enforce_eager": alone}
         if organism and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
             own["kv_cache_memory_bytes"] = SMALL_CACHE
+    if stored(folder) == "float32":
+        own["dtype"] = "float32"  # Of its own accord vLLM would run these weights in half precision.
     texts = mark_texts(marks, tokenizer)
     if texts is not None and "reasoning_config" not in given and "reasoning_parser" not in given:
         own["reasoning_config"] = {"reasoning_start_str": texts[0], "reasoning_end_str": texts[1]}
     return {**own, **given, "model": str(folder)}
+
+
+def stored(folder: Path) -> str | None:
+    """Return the type of a checkpoint's weights as its config.json has it; None where it does not say."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    text = config.get("text_config") or {}
+    found = next((each[name] for each in (config, text) for name in ("dtype", "torch_dtype") if each.get(name)), None)
+    return None if found is None else str(found)
 
 
 def mark_texts(marks: Marks, tokenizer: Any) -> tuple[str, str] | None:
