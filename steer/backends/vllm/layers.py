@@ -20,6 +20,8 @@ from steer.backends.vllm.tables import Tables, change
 from steer.errors import SteerError
 
 LAYER = re.compile(r"(^|.*\.)layers\.(\d+)$")
+ELSEWHERE = {"self_attn": "attn", "mlp": "block_sparse_moe"}
+"""Other names that vLLM has for parts of layers; the self-check proves whatever is found there."""
 
 
 class _Steered(nn.Module):
@@ -138,7 +140,8 @@ def part_of(layer: nn.Module, number: int, site: str, declared: Declared) -> nn.
     Raises:
         SteerError: vLLM's layer has none of the names.
     """
-    paths, _ = declared.parts[site]
+    own, _ = declared.parts[site]
+    paths = (*own, *(ELSEWHERE[path] for path in own if path in ELSEWHERE))
     for path in paths:
         module: Any = layer
         for name in path.split("."):
@@ -178,6 +181,12 @@ _CLASSES: dict[tuple[type, type], type] = {}
 
 def _become(module: nn.Module, mixin: type, tables: Tables, sites: tuple[str, ...], number: int) -> None:
     own = type(module)
+    if "forward" in vars(module):
+        raise SteerError(
+            f"a {own.__name__} of layer {number} has a forward of its own, past its class",
+            "a module as its class made it",
+            "Leave offloading of weights out (--cpu-offload-gb, --offload-group-size)",
+        )
     if (mixin, own) not in _CLASSES:
         _CLASSES[mixin, own] = type(f"Steered{own.__name__}", (mixin, own), {})
     held = {
