@@ -24,8 +24,9 @@ from experiments.tasks.registry import named
 from experiments.tasks.task import Item, Task
 from steer.errors import SteerError
 from steer.files import write_text
-from steer.generation import BATCH, Progress, Prompt, Sampling, generate_shard, run_meta
+from steer.generation import BATCH, Progress, Prompt, Sampling, run_meta
 from steer.identity import UNKNOWN, canonical
+from steer.model import SteerableModel
 from steer.patches import Patch
 from steer.policy import Policy, check_policy
 from steer.shards import Journal, Shard, cut
@@ -35,7 +36,8 @@ from steer.tracefile import parse_line
 from steer.traces import LINES, RUN, Traces, run_text
 
 if TYPE_CHECKING:
-    from steer.model import SteerableModel
+    from steer.backends.vllm.adapters import Adapter
+    from steer.backends.vllm.llm import SteeredLLM
 
 JOURNAL = "journal"
 Tell = Callable[[Progress], None]
@@ -45,7 +47,7 @@ Tell = Callable[[Progress], None]
 class _Job:
     """One evaluation, everything resolved."""
 
-    model: SteerableModel
+    model: SteerableModel | SteeredLLM
     task: Task
     items: dict[str, Item]
     sampling: Sampling
@@ -84,7 +86,7 @@ class _Job:
 
 
 def evaluate(
-    model: SteerableModel,
+    model: SteerableModel | SteeredLLM,
     task: Task | str,
     *,
     out: str | Path,
@@ -94,14 +96,14 @@ def evaluate(
     policy: Policy | None = None,
     thinking: bool | None = None,
     limit: int | None = None,
-    batch_size: int = BATCH,
+    batch_size: int | None = None,
     resume: bool = False,
     progress: Tell | None = None,
 ) -> Run:
     """Ask a task's questions, grade the replies, and write a run folder.
 
     Args:
-        model: a model or a view of one; the changes in force, of the view and of open contexts, stand in `run.yaml`.
+        model: a model, an engine (`SteeredLLM`), or a view of either; the changes in force, of the view and of open contexts, stand in `run.yaml`.
         task: such as "chain" or "gsm8k:test.jsonl" (see `experiments.tasks.named`), or a task of your own.
         out: the run folder.
         sampling: None takes what the model asks for.
@@ -110,7 +112,7 @@ def evaluate(
         policy: a think policy.
         thinking: sets the chat template's own switch.
         limit: the first so many questions.
-        batch_size: rows decoded together.
+        batch_size: rows decoded together; None: 64, of an engine the number for which it was started.
         resume: go on with what `out` holds; a finished run of the same options is returned as it is.
         progress: called after every step, over all shards.
 
@@ -152,7 +154,7 @@ def refuse_folder(folder: Path, resume: bool) -> None:
 
 
 def _prepared(
-    model: SteerableModel,
+    model: SteerableModel | SteeredLLM,
     task: Task | str,
     sampling: Sampling | None,
     samples: int,
@@ -160,11 +162,13 @@ def _prepared(
     policy: Policy | None,
     thinking: bool | None,
     limit: int | None,
-    batch_size: int,
+    batch_size: int | None,
 ) -> _Job:
     """Check everything that can be checked before a folder is made."""
     if model.tokenizer is None:
         raise SteerError(f"{model.name} has no tokenizer", "one, to ask questions in words")
+    if batch_size is None:
+        batch_size = BATCH if isinstance(model, SteerableModel) else model.batch_size
     if samples < 1 or batch_size < 1 or (limit is not None and limit < 1):
         raise SteerError(f"samples is {samples}, limit {limit} and batch_size {batch_size}", "1 or more of each")
     check_policy(policy, model.marks)
@@ -206,8 +210,7 @@ def _shards(job: _Job, journal: Journal, progress: Tell | None) -> Iterator[byte
     for shard in cut(job.items):
         if not journal.has(shard):
             start = time.monotonic()
-            replies = generate_shard(
-                job.model,
+            replies = job.model.generate_shard(
                 job.prompts(shard),
                 sampling=job.sampling,
                 samples=job.samples,
@@ -240,7 +243,7 @@ def _finished(job: _Job, folder: Path, shards: Iterator[bytes]) -> Run:
     return Run.load(folder)
 
 
-def graded(trace: Trace, model: SteerableModel, task: Task) -> Trace:
+def graded(trace: Trace, model: SteerableModel | SteeredLLM, task: Task) -> Trace:
     """The trace with the grader's answer, whether it is right, and the tokens where it stands.
 
     The text after the closing mark is graded; a thought that never closed has no final answer.
@@ -255,10 +258,10 @@ def graded(trace: Trace, model: SteerableModel, task: Task) -> Trace:
     return replace(trace, answer=found.answer, correct=found.correct, answer_span=span)
 
 
-def changes_of(model: SteerableModel) -> list[dict[str, Any]]:
+def changes_of(model: SteerableModel | SteeredLLM) -> list[dict[str, Any]]:
     """The changes in force, for `run.yaml`: kind, fingerprint ("unknown" for a `Custom` function) and coefficient."""
 
-    def fingerprint(change: Steering | Patch) -> str:
+    def fingerprint(change: Steering | Patch | Adapter) -> str:
         return UNKNOWN if isinstance(change, Steering) and not change.has_fingerprint else change.fingerprint
 
     return [

@@ -35,6 +35,7 @@ from steer.routing import Listener
 from steer.steering import Steering
 
 if TYPE_CHECKING:
+    from steer.trace import Trace
     from steer.traces import Traces
 
 Change = Steering | Patch
@@ -351,6 +352,12 @@ class SteerableModel:
         if self.tokenizer is None:
             raise SteerError(f"{self.name} has no tokenizer", "token ids", "Give one to wrap(hf_model, tokenizer)")
         return prompts.render(self.tokenizer, content, thinking, self.marks)
+
+    def generate_shard(self, prompts: Sequence[Any], **options: Any) -> list[Trace]:
+        """Reply to the prompts of one shard; arguments as `steer.generation.generate_shard`."""
+        from steer.generation import generate_shard
+
+        return generate_shard(self, prompts, **options)
 
     def generate(self, prompts: Sequence[Any], **options: Any) -> Traces:
         """Reply to prompts under this view's changes; arguments as `steer.generation.generate`."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from steer.errors import SteerError
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import torch
 
     from steer.anatomy.resolve import Anatomy
+    from steer.backends.vllm.llm import SteeredLLM
     from steer.model import SteerableModel
     from steer.patches import Patch
     from steer.steering import Steering
@@ -175,7 +176,7 @@ def open_subject(
     subject = parse(text)
     if subject.backend == "vllm":
         raise SteerError(
-            f"{text!r} asks for vLLM, whose back end is not in this version",
+            f"{text!r} asks for vLLM, and this needs a model whose every activation can be reached",
             "a subject without vllm:",
             f"Use {str(subject).removeprefix('vllm:')!r}, which runs in transformers",
         )
@@ -188,3 +189,52 @@ def open_subject(
     for change, coefficient in changes:
         model = model.with_(change, coefficient=coefficient)
     return model
+
+
+def open_engine(text: str, *, anatomy: str | Path | None = None, **options: Any) -> SteeredLLM:
+    """Start vLLM with the model of a subject, and return a view under which every prompt runs with its changes.
+
+    Projections of heads, patches and adapters lie in weights: together they become one adapter of low rank.
+
+    Args:
+        text: the subject, with vllm: before it or without.
+        anatomy: a record of the user's own.
+        options: of `SteeredLLM`, among them those of `vllm.LLM`.
+
+    Raises:
+        SteerError: vLLM is not installed; the text, the model or a file cannot be read; a change has no form in vLLM, or
+            none together with the others.
+    """
+    from steer.backends.vllm.llm import SteeredLLM
+    from steer.backends.vllm.start import require
+    from steer.patches import Patch
+
+    require()
+    subject = parse(text)
+    steerings: list[tuple[Steering, float]] = []
+    patches: list[Patch] = []
+    for path, coefficient in subject.changes:
+        change = load_change(path, subject.model, anatomy)
+        patch, steering = (change, None) if isinstance(change, Patch) else _parted(change, subject.model)
+        patches += [] if patch is None else [patch.scaled(coefficient)]
+        steerings += [] if steering is None else [(steering, coefficient)]
+    adapters = {"weights": Patch.compose(*patches)} if patches else {}
+    given = {str(number): steering for number, (steering, _) in enumerate(steerings)}
+    view = SteeredLLM(subject.model, steerings=given, adapters=adapters, anatomy=anatomy, **options).with_(*adapters)
+    for steering, coefficient in steerings:
+        view = view.with_(steering, coefficient=coefficient)
+    return view
+
+
+def _parted(steering: Steering, model: str) -> tuple[Patch | None, Steering | None]:
+    """What of a steering vLLM runs as weights, and what at the places where it was declared."""
+    from dataclasses import replace
+
+    from steer.form_table import in_weights
+    from steer.patches import Patch
+    from steer.sources import locate
+
+    heads = tuple(each for each in steering.interventions if in_weights(each))
+    rest = tuple(each for each in steering.interventions if not in_weights(each))
+    patch = Patch.from_steering(replace(steering, interventions=heads), locate(model).folder) if heads else None
+    return patch, replace(steering, interventions=rest) if rest else None

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from steer.cli.generate import MaxNewTokens, NoThinking, PolicyText, Temperature, TopK, TopP, sampling_of
-from steer.cli.options import BatchSize, Json, Out, Quiet, Resume, Seed, Subject
+from steer.cli.generate import MaxNewTokens, NoThinking, PolicyText, Temperature, TopK, TopP, opened, sampling_of
+from steer.cli.options import Json, Out, Quiet, Resume, Rows, Runnable, Seed
 from steer.cli.output import Output
 
 TaskText = Annotated[
@@ -31,7 +31,7 @@ Instruction = Annotated[
 
 
 def command(
-    subject: Subject,
+    subject: Runnable,
     task: TaskText,
     out: Out,
     limit: Limit = None,
@@ -44,7 +44,7 @@ def command(
     max_new_tokens: MaxNewTokens = None,
     no_thinking: NoThinking = False,
     resume: Resume = False,
-    batch_size: BatchSize = 64,
+    batch_size: Rows = None,
     seed: Seed = 0,
     json: Json = False,
     quiet: Quiet = False,
@@ -53,14 +53,12 @@ def command(
     from experiments.evaluate import evaluate, refuse_folder
     from experiments.tasks.registry import named
     from experiments.think_policies import parse_policy
-    from steer.subjects import open_subject
 
     output = Output(json, quiet)
     refuse_folder(out, resume)
     chosen = named(task, instruction)
     chosen.items(limit)
-    model = open_subject(subject)
-    with output.progress("evaluate") as bar:
+    with opened(subject, batch_size) as model, output.progress("evaluate") as bar:
         run = evaluate(
             model,
             chosen,

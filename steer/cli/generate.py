@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from steer.cli.options import BatchSize, Json, Quiet, Seed, Subject
+from steer.cli.options import Json, Quiet, Rows, Runnable, Seed
 from steer.cli.output import Output
 from steer.errors import SteerError
 
 if TYPE_CHECKING:
+    from steer.backends.vllm.llm import SteeredLLM
     from steer.model import SteerableModel
     from steer.prompts import Prompt
     from steer.sampling import Sampling
@@ -64,7 +67,7 @@ System = Annotated[str | None, typer.Option("--system", show_default=False, help
 
 
 def command(
-    subject: Subject,
+    subject: Runnable,
     prompt: Text = None,
     prompts: File = None,
     policy: PolicyText = None,
@@ -77,7 +80,7 @@ def command(
     no_thinking: NoThinking = False,
     raw: Raw = False,
     system: System = None,
-    batch_size: BatchSize = 64,
+    batch_size: Rows = None,
     seed: Seed = 0,
     json: Json = False,
     quiet: Quiet = False,
@@ -85,7 +88,6 @@ def command(
     """Write replies: to the terminal, or many into a run folder."""
     from experiments.think_policies import parse_policy
     from steer.promptfile import read_prompts
-    from steer.subjects import open_subject
     from steer.traces import refuse_folder
 
     output = Output(json, quiet)
@@ -98,35 +100,54 @@ def command(
     if out is not None:
         refuse_folder(out)
     read = None if prompts is None else read_prompts(prompts)
-    model = open_subject(subject)
-    asked = as_asked(model, prompt, read, raw, system)
-    options: dict[str, Any] = {
-        "sampling": sampling_of(
-            model, temperature=temperature, top_p=top_p, top_k=top_k, max_new_tokens=max_new_tokens
-        ),
-        "samples": samples,
-        "policy": None if policy is None else parse_policy(policy, model.marks, model.tokenizer),
-        "seed": seed,
-        "batch_size": batch_size,
-        "thinking": False if no_thinking else None,
-    }
-    if out is None and not json and len(asked) * samples == 1:
-        stream(model, asked[0], options)
-        return
-    with output.progress("generate", len(asked) * samples) as bar:
-        traces = model.generate(
-            asked,
-            **options,
-            progress=lambda state: bar.to(state.done, state.total, f"{state.tokens_per_second:.0f} tokens/s"),
-        )
+    with opened(subject, batch_size) as model:
+        asked = as_asked(model, prompt, read, raw, system)
+        options: dict[str, Any] = {
+            "sampling": sampling_of(
+                model, temperature=temperature, top_p=top_p, top_k=top_k, max_new_tokens=max_new_tokens
+            ),
+            "samples": samples,
+            "policy": None if policy is None else parse_policy(policy, model.marks, model.tokenizer),
+            "seed": seed,
+            "thinking": False if no_thinking else None,
+        }
+        if batch_size is not None:
+            options["batch_size"] = batch_size
+        if out is None and not json and len(asked) * samples == 1:
+            stream(model, asked[0], options)
+            return
+        with output.progress("generate", len(asked) * samples) as bar:
+            traces = model.generate(
+                asked,
+                **options,
+                progress=lambda state: bar.to(state.done, state.total, f"{state.tokens_per_second:.0f} tokens/s"),
+            )
     traces.meta["subject"] = subject
     if out is not None:
         traces.save(out)
     tell(output, traces, out)
 
 
+@contextmanager
+def opened(subject: str, batch_size: int | None = None) -> Iterator[SteerableModel | SteeredLLM]:
+    """What a subject names: a model in this process, or an engine of vLLM, which is stopped at the end.
+
+    Args:
+        subject: with vllm: before it for an engine.
+        batch_size: requests of an engine that run together; None leaves its default.
+    """
+    from steer.subjects import open_engine, open_subject, parse
+
+    if parse(subject).backend == "hf":
+        yield open_subject(subject)
+        return
+    together: dict[str, Any] = {} if batch_size is None else {"max_num_seqs": batch_size}
+    with open_engine(subject, **together) as engine:
+        yield engine
+
+
 def as_asked(
-    model: SteerableModel, prompt: str | None, read: list[Prompt] | None, raw: bool, system: str | None
+    model: SteerableModel | SteeredLLM, prompt: str | None, read: list[Prompt] | None, raw: bool, system: str | None
 ) -> list[Prompt]:
     """The prompts as the model is to get them: plain texts become a user's message where there is a chat template."""
     from steer.promptfile import as_message
@@ -141,14 +162,14 @@ def as_asked(
     ]
 
 
-def sampling_of(model: SteerableModel, **told: float | None) -> Sampling:
+def sampling_of(model: SteerableModel | SteeredLLM, **told: float | None) -> Sampling:
     """The model's own sampling with what the caller told instead."""
     from steer.sampling import Sampling
 
     return replace(Sampling.of(model), **{name: value for name, value in told.items() if value is not None})  # type: ignore[arg-type]
 
 
-def stream(model: SteerableModel, prompt: Prompt, options: dict[str, Any]) -> None:
+def stream(model: SteerableModel | SteeredLLM, prompt: Prompt, options: dict[str, Any]) -> None:
     """Type one reply to stdout while it is written."""
     from rich.console import Console
 

@@ -25,6 +25,14 @@ Subject = Annotated[
         help="MODEL[+FILE[@COEFFICIENT]]…: a model and the changes that it runs with.",
     ),
 ]
+Runnable = Annotated[
+    str,
+    typer.Argument(
+        metavar="SUBJECT",
+        show_default=False,
+        help="[vllm:]MODEL[+FILE[@COEFFICIENT]]…: a model and the changes that it runs with; with vllm: in vLLM.",
+    ),
+]
 Out = Annotated[Path, typer.Option("--out", show_default=False, help="What to write; must not exist yet.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on where a killed run stopped; gives the same bytes.")]
 Dtype = Annotated[
@@ -32,4 +40,10 @@ Dtype = Annotated[
     typer.Option("--dtype", help="float32, bfloat16 or float16; as stored if not given.", show_default=False),
 ]
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, mps; the best there is if not given.")]
+Rows = Annotated[
+    int | None,
+    typer.Option(
+        "--batch-size", min=1, help="Sequences that run together.", show_default="64; of vLLM 256, on processors 32"
+    ),
+]
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Sequences that run together.")]

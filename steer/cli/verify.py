@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from edits.checkpoint.compare import OnDisk, on_disk
 from edits.checkpoint.manifest import MANIFEST, PATCH, STORY
 from edits.checkpoint.proof import prove
+from edits.served import verify_served
 from edits.verify import TOKENS, verify
-from steer.cli.options import Json, Quiet, Seed, Subject
+from steer.cli.options import Json, Quiet, Runnable, Seed
 from steer.cli.output import Output
 from steer.errors import SteerError
-from steer.model import SteerableModel
 from steer.promptfile import read_prompts
 from steer.prompts import Content
-from steer.subjects import open_subject
+from steer.sources import locate
+from steer.subjects import open_subject, parse
 
 Weights = Annotated[
     bool,
@@ -45,8 +46,8 @@ Tolerance = Annotated[
 
 
 def command(
-    first: Subject,
-    second: Subject,
+    first: Runnable,
+    second: Runnable,
     weights: Weights = False,
     quick: Quick = False,
     prompts: Prompts = None,
@@ -77,9 +78,11 @@ def command(
         found = verify(*sides, weights_only=True)
     elif quick:
         raise SteerError("--quick was given without --weights", "both, or none")
+    elif "vllm" in (parse(first).backend, parse(second).backend):
+        return _served(first, second, prompts, tolerance, tokens, output)
     else:
         a, b = open_subject(first), open_subject(second)
-        more = _questions(a) if prompts is None else [prompt.content for prompt in read_prompts(prompts)]
+        more = _questions(a.card) if prompts is None else [prompt.content for prompt in read_prompts(prompts)]
         found = verify(a, b, more, tolerance=tolerance, tokens=tokens)
     output.text(str(found))
     output.result(found.to_dict())
@@ -106,9 +109,19 @@ def _prove(base: OnDisk, edited: OnDisk, *, read: bool, output: Output) -> int:
     return 0 if found.passed else 1
 
 
-def _questions(side: SteerableModel) -> list[Content] | None:
+def _served(first: str, second: str, prompts: Path | None, tolerance: float | None, tokens: int, output: Output) -> int:
+    """Compare an engine of vLLM with a model, whichever comes first."""
+    served, other = (first, second) if parse(first).backend == "vllm" else (second, first)
+    own = locate(parse(served).model).card
+    more = _questions(own) if prompts is None else [prompt.content for prompt in read_prompts(prompts)]
+    found = verify_served(served, other, more, tolerance=tolerance, tokens=tokens)
+    output.text(str(found))
+    output.result(found.to_dict())
+    return 0 if found.passed else 1
+
+
+def _questions(card: dict[str, Any] | None) -> list[Content] | None:
     """Return some of the organism's own questions; None, the built-in ones, for other models."""
-    card = side.card
     if card is None or "task" not in card:
         return None
     from experiments.tasks import named

@@ -13,7 +13,7 @@ from steer.interventions import Add, ProjectOut
 from steer.patches import Patch, ProjectColumns
 from steer.scores import HeadScores
 from steer.steering import Steering
-from steer.subjects import Subject, load_change, open_subject, parse
+from steer.subjects import Subject, load_change, open_engine, open_subject, parse
 from tests import tiny
 from tests.steer import lora
 from tests.steer.made import refused
@@ -130,8 +130,13 @@ def test_files_are_read_before_the_model_is_loaded(folder: Path) -> None:
 # Running.
 
 
-def test_vllm_is_refused_with_what_runs_instead(folder: Path) -> None:
-    refused(lambda: open_subject("vllm:m+a.yaml@0.5"), "not in this version", "'m+a.yaml@0.5'")
+def test_vllm_is_refused_where_activations_are_wanted(folder: Path) -> None:
+    refused(lambda: open_subject("vllm:m+a.yaml@0.5"), "asks for vLLM", "'m+a.yaml@0.5'")
+
+
+def test_an_engine_needs_vllm(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("steer.backends.vllm.start.find_spec", lambda name: None)
+    refused(lambda: open_engine("vllm:m+a.yaml@0.5"), "vLLM is not installed", "pip install 'reasoning-steer[vllm]'")
 
 
 def logits(text: str) -> torch.Tensor:

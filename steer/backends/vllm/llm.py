@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import TracebackType
-from typing import Any, Literal, Self, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 
@@ -127,7 +127,7 @@ class SteeredLLM:
         changes = f", {len(self.changes)} changes" if self.changes else ""
         return f"SteeredLLM({self.identity.name}: vLLM {self._machine.version}, {len(self.declared.places)} places{changes})"
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> SteeredLLM:
         return self
 
     def __exit__(
@@ -210,6 +210,7 @@ class SteeredLLM:
         samples: int = 1,
         policy: Policy | None = None,
         seed: int = 0,
+        batch_size: int | None = None,
         thinking: bool | None = None,
         progress: Callable[[Progress], None] | None = None,
         on_token: OnToken | None = None,
@@ -225,6 +226,7 @@ class SteeredLLM:
             samples: replies per prompt.
             policy: `budget:N`, where vLLM can run it exactly.
             seed: of all random streams, which are vLLM's: other replies than the HF back end's from the same seed.
+            batch_size: was fixed when the engine was started (`max_num_seqs`); another one is refused.
             thinking: sets the chat template's own switch.
             progress: called with every reply that is done.
             on_token: called with (prompt, sample, token id) as each token is written.
@@ -233,6 +235,7 @@ class SteeredLLM:
             SteerError: bad prompts or options; a steering that does not fit the model or needs a place that was not
                 declared at start; a name that nobody gave; a policy that vLLM does not run.
         """
+        self._check_batch(batch_size)
         asked = self._asked(prompts)
         if steering is None and (coefficient != 1 or phase is not None):
             raise SteerError("a coefficient or a phase was given, and no steering", "a steering too")
@@ -264,12 +267,9 @@ class SteeredLLM:
     ) -> list[Trace]:
         """The replies to one shard's prompts under this view; arguments as `steer.generation.generate_shard`.
 
-        `batch_size` was fixed when the engine was started: another one than its own is refused.
+        `batch_size` as in `generate`.
         """
-        if batch_size not in (None, self.batch_size):
-            raise SteerError(
-                f"batch_size is {batch_size}", f"{self.batch_size}, for which the engine was started", "Start it with max_num_seqs"
-            )  # fmt: skip
+        self._check_batch(batch_size)
         terms = self._terms(sampling, samples, policy, seed, thinking)
         return self._traces(self._written(prompts, self._each(prompts), terms, progress), terms)
 
@@ -298,6 +298,14 @@ class SteeredLLM:
         extra = [choice.extra(trace.generation_prompt_start) for trace in traces]
         adapter = None if choice.adapter is None else choice.adapter.request()
         return read(self.llm, [trace.tokens for trace in traces], asked, extra, adapter)
+
+    def _check_batch(self, batch_size: int | None) -> None:
+        if batch_size not in (None, self.batch_size):
+            raise SteerError(
+                f"batch_size is {batch_size}",
+                f"{self.batch_size}, for which the engine was started",
+                "Start it with max_num_seqs",
+            )
 
     def _asked(self, prompts: Sequence[rendering.Content | Prompt]) -> list[Prompt]:
         return as_prompts(prompts, chat=self.tokenizer.chat_template is not None)
