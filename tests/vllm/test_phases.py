@@ -17,11 +17,10 @@ PHASES = ("opening", "thinking", "answer")
 
 
 def seen(bench: Bench, ask: Ask) -> set[str]:
-    """The phases that a request's generated tokens go through."""
+    """The phases that a request goes through, from the last token of its prompt on."""
     tokens = [*ask.prompt, *bench.expected(ask).tokens]
-    return {
-        naive.phase_at(tokens, t, len(ask.prompt), ask.start, bench.marks) for t in range(len(ask.prompt), len(tokens))
-    }
+    last = len(ask.prompt) - 1
+    return {naive.phase_at(tokens, t, last + 1, ask.start, bench.marks) for t in range(last, len(tokens))}
 
 
 def test_a_model_that_thinks(bench: Benches) -> None:
