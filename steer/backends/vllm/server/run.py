@@ -7,27 +7,29 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from steer.adapters import CONFIG
+import torch
+
 from steer.anatomy.headers import read_headers
 from steer.anatomy.packed import shapes_of
 from steer.anatomy.resolve import Anatomy, resolve
+from steer.backends.vllm.adapters import Adapter, rank_of
+from steer.backends.vllm.adapters import options as room
 from steer.backends.vllm.config import Declared
 from steer.backends.vllm.lowering import Place, places_of
 from steer.backends.vllm.server import places
 from steer.backends.vllm.server.directory import Directory
 from steer.backends.vllm.server.front import VARIABLE, Front, Started
 from steer.backends.vllm.server.settings import Settings
-from steer.backends.vllm.widened import NARROWEST, head_width, widen
+from steer.backends.vllm.start import mark_texts, require, runnable
 from steer.errors import SteerError
 from steer.loading import tokenizer_of
 from steer.marks import Marks
 from steer.sources import Source, locate
 from steer.steering import Steering
-from steer.weights import cache_folder, weights_id
+from steer.weights import cache_folder
 
 PROGRAM = "steer.backends.vllm.server.launch"
 MIDDLEWARE = "steer.backends.vllm.server.middleware.SteeringMiddleware"
@@ -42,10 +44,6 @@ OURS = {
     "--grpc-port": "Requests over gRPC would pass by the steerings",
 }
 """Arguments of vLLM that are not handed on, and what to do instead."""
-RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""Ranks of adapters that vLLM makes room for."""
-MOST_ADAPTERS = 8
-"""Adapters of one batch; more of them take turns."""
 
 
 @dataclass(frozen=True)
@@ -109,8 +107,7 @@ class Plan:
         Raises:
             SteerError: vLLM is not installed.
         """
-        if find_spec("vllm") is None:
-            raise SteerError("vLLM is not installed", "vllm>=0.30,<0.34", "pip install 'reasoning-steer[vllm]'")
+        require()
         os.execve(self.command[0], self.command, {**os.environ, VARIABLE: self.started.to_text()})
 
 
@@ -154,7 +151,7 @@ def plan(options: Options) -> Plan:
     )
     front = Front(started)
     _check_default(front)
-    return Plan(tuple(_arguments(options, started, source)), started, front)
+    return Plan(tuple(_arguments(options, front, source, tokenizer)), started, front)
 
 
 def _needed(steerings: Sequence[Steering], anatomy: Anatomy) -> list[Place]:
@@ -176,7 +173,8 @@ def _check_default(front: Front) -> None:
         front.admit({}, None, "raw")
 
 
-def _arguments(options: Options, started: Started, source: Source) -> list[str]:
+def _arguments(options: Options, front: Front, source: Source, tokenizer: Any) -> list[str]:
+    started, folder = front.started, runnable(source, processors=not torch.accelerator.is_available())
     parallel = {
         "--tensor-parallel-size": options.tensor,
         "--pipeline-parallel-size": options.pipeline,
@@ -184,56 +182,44 @@ def _arguments(options: Options, started: Started, source: Source) -> list[str]:
     }
     return [
         "serve",
-        str(runnable(source)),
+        str(folder),
         *("--served-model-name", started.name),
         *("--host", options.host, "--port", str(options.port)),
         *("--max-num-seqs", str(options.max_num_seqs)),
         *("--shutdown-timeout", str(options.drain)),
         *(word for flag, degree in parallel.items() if degree > 1 for word in (flag, str(degree))),
-        *_adapters(started),
+        *_adapters(started, folder == source.folder),
+        *_reasoning(options, front, tokenizer),
         *options.rest,
         *("--additional-config", json.dumps(started.config, separators=(",", ":"))),
         *("--middleware", MIDDLEWARE),
     ]
 
 
-def _adapters(started: Started) -> list[str]:
-    if not started.adapters:
-        return []
+def _adapters(started: Started, own: bool) -> list[str]:
     folders = {name: Path(str(started.steerings)) / name for name in started.adapters}
-    highest = max(_rank(folder) for folder in folders.values())
-    room = [rank for rank in RANKS if rank >= highest]
-    if not room:
-        raise SteerError(f"an adapter has rank {highest}", f"at most {RANKS[-1]}, which vLLM has room for")
-    together = min(len(folders), MOST_ADAPTERS)
-    return [
-        "--enable-lora",
-        *("--max-lora-rank", str(room[0]), "--max-loras", str(together), "--max-cpu-loras", str(len(folders))),
-        "--lora-modules",
-        *(json.dumps({"name": name, "path": str(folder)}) for name, folder in folders.items()),
-    ]
+    if not folders:
+        return []
+    if not own:
+        raise SteerError(
+            f"the adapter {min(folders)!r} was made for heads of another width than vLLM runs this model with",
+            "no adapters beside an organism on processors",
+            "Serve the folder with wider heads itself, and an adapter that was exported for it",
+        )
+    held = [Adapter(name, folder, rank_of(folder), 0, "") for name, folder in folders.items()]
+    rows = (json.dumps({"name": name, "path": str(folder)}) for name, folder in folders.items())
+    flags = [(flag, value) for flag, value in room(held).items() if value is not True]
+    told = [word for flag, value in flags for word in (f"--{flag.replace('_', '-')}", str(value))]
+    return ["--enable-lora", *told, "--lora-modules", *rows]
 
 
-def _rank(folder: Path) -> int:
-    """The highest rank of an adapter, by its configuration."""
-    try:
-        config = json.loads((folder / CONFIG).read_bytes())
-        return max(int(config["r"]), *map(int, config.get("rank_pattern", {}).values()), 0)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SteerError(f"{folder / CONFIG} says no rank ({error})", "an adapter as PEFT writes it") from None
-
-
-def runnable(source: Source) -> Path:
-    """Return the folder that vLLM is given: an organism's with wider heads, which it needs, else the model's own."""
-    if not source.organism or head_width(source.folder) >= NARROWEST:
-        return source.folder
-    identity = weights_id(source.folder, read_headers(source.folder).files)
-    folder = cache_folder() / "vllm" / f"{source.folder.name}-{identity[:16]}-{head_width(source.folder)}"
-    if not folder.is_dir():
-        beside = folder.with_name(f".{folder.name}.{os.getpid()}")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        widen(source.folder, beside).rename(folder)
-    return folder
+def _reasoning(options: Options, front: Front, tokenizer: Any) -> list[str]:
+    """Name the marks for `thinking_token_budget`, where vLLM's can be the same and nothing else was said."""
+    if tokenizer is None or any(word.replace("_", "-").startswith("--reasoning") for word in options.rest):
+        return []
+    texts = mark_texts(front.declared.marks, tokenizer)
+    told = {} if texts is None else {"reasoning_start_str": texts[0], "reasoning_end_str": texts[1]}
+    return ["--reasoning-config", json.dumps(told)] if told else []
 
 
 def _tokenizer(source: Source) -> Any:

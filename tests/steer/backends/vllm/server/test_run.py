@@ -35,8 +35,8 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "s"
 
 
-def planned(folder: Path | None, **given: Any) -> Plan:
-    return plan(Options("organism:chain", folder, **given))
+def planned(folder: Path | None, model: str = "organism:chain", **given: Any) -> Plan:
+    return plan(Options(model, folder, **given))
 
 
 def value(made: Plan, flag: str) -> str:
@@ -56,6 +56,9 @@ def test_vllm_is_told_where_to_listen_what_to_steer_and_who_stands_in_front(fold
     declared = Declared.from_config(json.loads(value(made, "--additional-config")))
     assert declared is not None and declared.slots == 7
     assert declared.places == (("resid_post", "add", 1),) and declared.marks == load("organism:chain").marks
+    marks = json.loads(value(made, "--reasoning-config"))
+    assert marks == {"reasoning_start_str": "<think>", "reasoning_end_str": "</think>"}
+    assert "--reasoning-config" not in planned(folder, rest=("--reasoning-parser", "x")).arguments
     assert made.command[1:3] == ("-m", "steer.backends.vllm.server.launch")
 
 
@@ -76,20 +79,22 @@ def test_the_heads_of_an_organism_are_made_wide_enough_once(folder: Path) -> Non
     assert planned(folder).front.started.model == str(locate("organism:chain").folder), steering
 
 
-def test_adapters_are_handed_to_vllm_with_room_for_the_largest(folder: Path) -> None:
+def test_adapters_are_handed_to_vllm_with_room_for_the_largest(folder: Path, tmp_path: Path) -> None:
+    wide = planned(folder).arguments[1]
     adapter(folder / "small", rank=3)
+    refused(lambda: planned(folder), "'small'", "width")
     adapter(folder / "large", rank=20)
-    made = planned(folder)
+    made = planned(folder, wide)
     assert value(made, "--max-lora-rank") == "32" and value(made, "--max-loras") == "2"
     start = made.arguments.index("--lora-modules")
     modules = [json.loads(text) for text in made.arguments[start + 1 : start + 3]]
     assert {row["name"]: row["path"] for row in modules} == {name: str(folder / name) for name in ("large", "small")}
     assert set(made.started.adapters) == {"large", "small"}
     (folder / "small" / "adapter_config.json").write_text("[]")
-    refused(lambda: planned(folder), "rank")
+    refused(lambda: planned(folder, wide), "rank")
     adapter(folder / "huge", rank=4096)
     (folder / "small" / "adapter_config.json").write_text('{"r": 1}')
-    refused(lambda: planned(folder), "4096", "512")
+    refused(lambda: planned(folder, wide), "4096", "512")
 
 
 @pytest.mark.parametrize("flag", sorted(OURS))
@@ -166,7 +171,7 @@ def test_the_verb_tells_what_it_would_start(folder: Path, tmp_path: Path, capsys
 
 
 def test_without_vllm_it_is_said_what_to_install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("steer.backends.vllm.server.run.find_spec", lambda name: None)
+    monkeypatch.setattr("steer.backends.vllm.start.find_spec", lambda name: None)
     refused(planned(folder).become, "reasoning-steer[vllm]")
 
 
@@ -174,7 +179,7 @@ def test_it_becomes_vllm_with_the_same_environment_and_one_variable_more(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     became: list[Any] = []
-    monkeypatch.setattr("steer.backends.vllm.server.run.find_spec", lambda name: True)
+    monkeypatch.setattr("steer.backends.vllm.start.find_spec", lambda name: True)
     monkeypatch.setattr("os.execve", lambda *given: became.append(given))
     monkeypatch.setenv("A_KEY", "s3cret")
     made = planned(folder)
