@@ -6,10 +6,10 @@ BIN := .venv/bin
 export PYTHONNOUSERSITE := 1
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
-.PHONY: help setup demo test check bench browser oracle vllm pins clean
+.PHONY: help setup demo test check bench browser oracle vllm test-load pins clean
 
 help:
-	@grep -E '^# |^[a-z]+:.*## ' Makefile | sed -E 's/^# //; s/:.*## /: /'
+	@grep -E '^# |^[a-z-]+:.*## ' Makefile | sed -E 's/^# //; s/:.*## /: /'
 
 setup: ## make .venv, or repair it; nothing to do the second time
 	@$(PYTHON) constraints/environment.py
@@ -43,6 +43,9 @@ oracle: setup
 # Steering in vLLM is tested with vLLM built for processors, again in an environment of its own that reads .venv.
 vllm:
 	@$(PYTHON) constraints/vllm.py
+
+test-load: setup vllm ## steer serve under 64 clients for two minutes; ten seconds of it are part of make test
+	@STEER_LOAD_SECONDS=120 $(BIN)/python -m pytest tests/vllm/test_load.py
 
 pins: ## write what .venv holds into constraints/cpu.txt
 	@$(BIN)/python constraints/pins.py
