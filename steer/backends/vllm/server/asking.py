@@ -57,7 +57,7 @@ class Offer(Protocol):
         ...
 
     def find(self, name: str, most: int) -> Entry | None:
-        """Return what a name stands for now."""
+        """Return what a name stands for at this moment."""
         ...
 
 

@@ -115,7 +115,7 @@ class Directory:
         return tuple(entry for entry in found if entry is not None)
 
     def find(self, name: str, most: int) -> Entry | None:
-        """Return what a name stands for now, or None where there is no such name.
+        """Return what a name stands for at this moment, or None where there is no such name.
 
         Args:
             name: any text; only names of files directly in the folder are looked for.
