@@ -84,7 +84,8 @@ def make(root: Path) -> None:
     elif venv.exists():
         shutil.rmtree(venv)
     run([sys.executable, "-m", "venv", str(venv)], root, "python -m venv (on Debian: apt-get install python3.11-venv)")
-    pip = [str(venv / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "install", "-qq"]
+    # Without compiling, which is half the work: most modules are never imported, the others are compiled when they are.
+    pip = [str(venv / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "install", "-qq", "--no-compile"]
     torch = next(line for line in (root / PINS).read_text().splitlines() if line.startswith("torch=="))
     # torch first and with what it depends on: its build for processors needs less than the others.
     run([*pip, "--constraint", str(PINS), torch], root, "pip install torch")
