@@ -111,9 +111,9 @@ def test_what_has_no_form_is_refused(interventions: tuple[Any, ...], message: st
 
 
 def test_sums_that_overflow_are_refused() -> None:
-    huge = Add(towards("resid_post", 1, scale=2e38), "resid_post")
+    huge = Add(Direction(torch.full((1, HIDDEN), 3e38), (1,), "resid_post"), "resid_post")
     with pytest.raises(SteerError, match="not finite"):
-        rows(huge, huge, huge, huge)
+        rows(huge, huge)
 
 
 def test_a_projection_before_an_addition_is_the_order_that_vllm_has() -> None:
