@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -54,6 +55,14 @@ def steerings(name: str, width: int, layers: int) -> dict[str, Steering]:
     return found
 
 
+def undeclared(width: int) -> dict[str, Steering]:
+    """Steerings in the store that an engine cannot run: at a layer that was not declared, and of another width."""
+    return {
+        "elsewhere": Steering((Add(direction(width, (1, 3), "mlp_out", 7, 1.0), "mlp_out"),)),
+        "narrow": Steering((Add(direction(width // 2, (1,), "resid_post", 8, 1.0), "resid_post"),)),
+    }
+
+
 def bench(folder: Path, model: Path, name: str) -> Bench:
     """A bench with everything that `batch` asks for."""
     loaded = steer.load(str(model))
@@ -61,7 +70,7 @@ def bench(folder: Path, model: Path, name: str) -> Bench:
     turn = [{"role": "user", "content": QUESTIONS[0]}]
     rendered = [loaded.render(turn, thinking=thinking) for thinking in (None, False)]
     endings = tuple(each.token_ids[each.generation_prompt_start :] for each in rendered)
-    return Bench(folder, model, own, loaded.marks, endings)
+    return Bench(folder, model, own, loaded.marks, endings, undeclared(loaded.anatomy.hidden))
 
 
 def prompts(bench: Bench, thinking: bool | None = None) -> list[tuple[tuple[int, ...], int]]:
@@ -95,3 +104,38 @@ def batch(bench: Bench, marked: bool = True) -> list[Ask]:
         Ask(prompt, start=start, **way)  # type: ignore[arg-type]
         for way, (prompt, start) in zip(ways, (asked * 2)[: len(ways)], strict=True)
     ]
+
+
+PHASES = ("opening", "thinking", "answer")
+
+
+def thoughts(bench: Bench) -> list[Ask]:
+    """Long replies of a model that opens and closes its own thought, and of one whose template has both marks already."""
+    (prompt, start), (closed, end) = prompts(bench)[1], prompts(bench, thinking=False)[3]
+    asks = [Ask(prompt, "other", 0.25, phase, start, tokens=70) for phase in PHASES]
+    return [*asks, Ask(closed, "other", 0.25, "answer", end, tokens=70)]
+
+
+def refused(bench: Bench) -> list[Ask]:
+    """Requests that cannot be steered as they ask, among others that can."""
+    prompt, _ = prompts(bench)[0]
+    good = [Ask(prompt, "add"), Ask(prompt)]
+    return [
+        good[0],
+        Ask(prompt, "nobody"),
+        Ask(prompt, "elsewhere"),
+        Ask(prompt, "narrow"),
+        Ask(prompt, "add", start=99),
+        good[1],
+    ]
+
+
+def rounds(bench: Bench) -> dict[str, list[Ask]]:
+    """What one engine of the organism is asked, for several tests."""
+    asks, own = batch(bench), thoughts(bench)
+    return {
+        "plain": [ask.plain for ask in asks],
+        "steered": asks,
+        "thoughts": [*own, replace(own[1], start="chat")],
+        "refused": refused(bench),
+    }

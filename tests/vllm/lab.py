@@ -87,6 +87,7 @@ class Bench:
         folder: shared by all workers.
         model: folder of the checkpoint.
         steerings: by name.
+        undeclared: further ones that lie in the store, for which the engine was not started.
         marks: of the tokenizer, or others.
         endings: what the template may append for a reply.
     """
@@ -96,6 +97,7 @@ class Bench:
     steerings: dict[str, Steering]
     marks: Marks = field(default_factory=Marks)
     endings: tuple[tuple[int, ...], ...] = ()
+    undeclared: dict[str, Steering] = field(default_factory=dict)
 
     def __hash__(self) -> int:
         return id(self)
@@ -110,7 +112,7 @@ class Bench:
         """What the engine is told; every steering lies in the store then."""
         (self.folder / "store").mkdir(exist_ok=True)
         store = Store(self.folder / "store")
-        for steering in self.steerings.values():
+        for steering in (*self.steerings.values(), *self.undeclared.values()):
             store.put(steering)
         anatomy = steer.load(str(self.model)).anatomy
         return Declared.of(
@@ -121,7 +123,8 @@ class Bench:
         """The entries of `extra_args` that ask for the steering."""
         if ask.steering is None:
             return {}
-        base = self.steerings[ask.steering].fingerprint
+        known = (self.steerings | self.undeclared).get(ask.steering)
+        base = "f" * 64 if known is None else known.fingerprint
         return Asked(ask.steering, base, ask.coefficient, ask.phase, ask.start).to_args()
 
     def engine(

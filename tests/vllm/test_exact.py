@@ -17,32 +17,51 @@ COMPILED = {"enforce_eager": False}
 PROCESSES = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
 
 
-def alike(bench: Bench, asks: Sequence[Ask], **options: Any) -> Result:
-    """Run the batch unsteered, then steered; compare both with the reference, and unsteered rows with each other."""
+def alike(bench: Bench, asks: Sequence[Ask], *more: Sequence[Ask], **options: Any) -> Result:
+    """Run the batch unsteered, then steered; compare both with the reference, and unsteered rows with each other.
+
+    `more` are further rounds of the same engine, for others to judge.
+    """
     plain = [ask.plain for ask in asks]
-    result = bench.engine(plain, asks, **options)
+    result = bench.engine(plain, asks, *more, **options)
     bench.check_steered(asks)
     bench.check(plain, result.rounds[0])
     bench.check(asks, result.rounds[1])
-    for ask, idle, beside in zip(asks, *result.rounds, strict=True):
+    for ask, idle, beside in zip(asks, *result.rounds[:2], strict=True):
         if ask.steering is None:
             assert idle == beside, "an unsteered request changed a bit when others beside it were steered"
     return result
 
 
-@pytest.mark.parametrize("name", ["chain", "chain-moe", "qwen2"])
+@pytest.mark.parametrize("name", ["chain-moe", "qwen2"])
 def test_eager(bench: Benches, name: str) -> None:
     alike(bench(name), cases.batch(bench(name)))
 
 
+def test_eager_organism(bench: Benches) -> None:
+    made = bench("chain")
+    _, asks, *more = cases.rounds(made).values()
+    alike(made, asks, *more)
+
+
 def test_the_idle_plugin_is_not_there(bench: Benches) -> None:
     made = bench("chain")
-    asks = cases.batch(made)
-    plain = [ask.plain for ask in asks]
-    (without,) = made.engine(plain, plugin=False).rounds
-    idle, _ = made.engine(plain, asks).rounds
+    asked = cases.rounds(made)
+    (without,) = made.engine(asked["plain"], plugin=False).rounds
+    idle, *_ = made.engine(*asked.values()).rounds
     assert [answer.tokens for answer in without] == [answer.tokens for answer in idle]
     assert max(farthest(a.logprobs, b.logprobs) for a, b in zip(without, idle, strict=True)) <= SAME
+
+
+def test_what_cannot_be_steered_is_refused_alone(bench: Benches) -> None:
+    made = bench("chain")
+    asked = cases.rounds(made)
+    first, nobody, elsewhere, narrow, behind, last = made.engine(*asked.values()).rounds[-1]
+    made.check([asked["refused"][0], asked["refused"][-1]], [first, last])
+    assert "has no steering" in str(nobody.error)
+    assert "mlp_out of layers 1" in str(elsewhere.error)
+    assert "64" in str(narrow.error) and "128" in str(narrow.error)
+    assert "steering_prompt" in str(behind.error)
 
 
 def test_compiled(bench: Benches) -> None:

@@ -9,11 +9,11 @@ import pytest
 
 from steer.marks import Marks
 from tests.vllm import cases, naive
+from tests.vllm.cases import PHASES
 from tests.vllm.lab import Ask, Bench
 
 pytestmark = pytest.mark.vllm
 Benches = Callable[[str], Bench]
-PHASES = ("opening", "thinking", "answer")
 
 
 def seen(bench: Bench, ask: Ask) -> set[str]:
@@ -26,19 +26,11 @@ def seen(bench: Bench, ask: Ask) -> set[str]:
 def test_a_model_that_thinks(bench: Benches) -> None:
     """The organism opens and closes its own thought; where thinking is switched off, the template has both marks."""
     made = bench("chain")
-    asks = [
-        Ask(prompt, "other", 0.25, phase, start, tokens=70)
-        for (prompt, start), thinking in (
-            (cases.prompts(made)[1], None),
-            (cases.prompts(made, thinking=False)[3], False),
-        )
-        for phase in PHASES
-        if thinking is None or phase == "answer"
-    ]
-    chat = replace(asks[1], start="chat")
-    (answers,) = made.engine([*asks, chat]).rounds
-    made.check(asks, answers[:-1])
-    assert answers[-1] == answers[1], "the template's ending was not found"
+    rounds = cases.rounds(made)
+    *asks, _ = rounds["thoughts"]
+    *answers, chat = made.engine(*rounds.values()).rounds[2]
+    made.check(asks, answers)
+    assert chat == answers[1], "the template's ending was not found"
     assert set.union(*(seen(made, ask) for ask in asks)) == set(PHASES)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from steer.backends.vllm.capture import SITES as READABLE
 from steer.backends.vllm.lowering import HIDDEN, KINDS, Place, places_of
 from steer.errors import SteerError
 from steer.identity import known_keys
+from steer.interventions import Add, BiasRouter, Intervention, ProjectOut, ScaleExperts
 from steer.marks import Marks
 from steer.ranges import ranges
 from steer.steering import Steering
@@ -124,11 +126,13 @@ class Declared:
         )
 
     def check_places(self, steering: Steering) -> None:
-        """Refuse a steering that needs a place which was not declared.
+        """Refuse a steering that needs a place which was not declared, or whose vectors or experts another model has.
 
         Raises:
             SteerError: it does, or vLLM has no form for it.
         """
+        for each in steering.interventions:
+            self._check_size(each)
         missing = sorted(set(places_of(steering)) - set(self.places))
         if missing:
             site, kind, _ = missing[0]
@@ -139,6 +143,23 @@ class Declared:
                 f"layers {ranges(declared)}" if declared else "a place that was declared at start",
                 "Start the engine with this steering among those it is given, or declare the place",
             )
+
+    def _check_size(self, each: Intervention) -> None:
+        what = f"{type(each).__name__} at {each.site}"
+        if isinstance(each, Add | ProjectOut) and each.direction.width != (self.hidden,):
+            raise SteerError(
+                f"{what} has vectors of shape {each.direction.width}",
+                f"({self.hidden},), the hidden size of the model that this engine runs",
+                "Make the direction from this model's own traces",
+            )
+        if isinstance(each, ScaleExperts | BiasRouter):
+            layer, expert = max(each.experts, key=itemgetter(1))
+            if expert >= self.experts:
+                raise SteerError(
+                    f"{what} names expert {expert} of layer {layer}",
+                    f"one of the {self.experts} experts that each layer of this engine's model has",
+                    "Choose other experts",
+                )
 
     def to_config(self) -> dict[str, Any]:
         """Return `additional_config`."""

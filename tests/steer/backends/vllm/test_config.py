@@ -89,3 +89,11 @@ def test_a_steering_for_another_model_is_refused() -> None:
     with pytest.raises(SteerError, match="3"):
         Declared.of(anatomy(), "store", [narrow], slots=1)
     assert made().marks == Marks()
+
+
+def test_vectors_and_experts_of_another_model_are_refused_before_a_worker_meets_them() -> None:
+    narrow = Steering((Add(Direction(torch.ones(1, anatomy().hidden // 2), (1,), "resid_post"), "resid_post"),))
+    with pytest.raises(SteerError, match=rf"shape \({anatomy().hidden // 2},\); expected \({anatomy().hidden},\)"):
+        made().check_places(narrow)
+    with pytest.raises(SteerError, match="names expert 8 of layer 3"):
+        made().check_places(Steering((ScaleExperts(((3, 8),), 8.0),)))
