@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from probes.collect.means import SpanMeans
+from probes.collect.means import HeadMeans, SpanMeans
 from probes.collect.reader import Shaped
 from probes.collect.recorders import Batch, Kept, Layers, Prepared, Recorder
 from probes.collect.routing import ALL, COUNT, WEIGHT, RouterCounts
@@ -111,6 +111,10 @@ def prepare(recorder: Recorder, model: Shaped, layers: Layers) -> Prepared:
     """
     if isinstance(recorder, RouterCounts):
         return recorder.kept(model, layers)
+    if isinstance(recorder, HeadMeans):
+        raise SteerError(
+            "vLLM cannot read z", f"sites among {', '.join(SITES)}", f"Leave z out (--sites resid_mid). {REMEDY}"
+        )
     if not isinstance(recorder, SpanMeans):
         raise SteerError(f"vLLM cannot record {recorder.name}", "span_means or router_counts", REMEDY)
     others = [site for site in recorder.sites if site not in SITES]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,15 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from steer.cli.lists import numbers, words
-from steer.cli.options import Json, Out, Quiet, Resume, Seed, Subject
+from steer.cli.options import Json, Out, Quiet, Resume, Runnable, Seed
 from steer.cli.output import Bar, Output
 from steer.errors import SteerError
 
 if TYPE_CHECKING:
     from probes.collect.plan import Plan
     from probes.collect.progress import Progress
+    from probes.collect.reader import Reader
     from probes.collect.recorders import Recorder
     from probes.collect.summary import Summary
+    from steer.model import SteerableModel
 
 CACHE = "STEER_CACHE"
 """Names the cache of every verb that reads a run."""
@@ -52,6 +54,14 @@ BatchTokens = Annotated[int, typer.Option("--batch-tokens", min=1, help="Tokens 
 MaxTokens = Annotated[
     int | None, typer.Option("--max-tokens", min=1, show_default=False, help="Leave longer traces out, and count them.")
 ]
+Backend = Annotated[
+    str | None,
+    typer.Option(
+        "--backend",
+        show_default="that of the subject",
+        help="hf or vllm; vllm is the same as vllm: before the subject.",
+    ),
+]
 Cache = Annotated[
     Path | None,
     typer.Option(
@@ -65,7 +75,7 @@ Cache = Annotated[
 
 
 def command(
-    subject: Subject,
+    subject: Runnable,
     traces: TracesOption,
     out: Out,
     sites: Sites = None,
@@ -76,6 +86,7 @@ def command(
     dtype: Kept = "float32",
     batch_tokens: BatchTokens = 8192,
     max_tokens: MaxTokens = None,
+    backend: Backend = None,
     cache: Cache = None,
     resume: Resume = False,
     seed: Seed = 0,
@@ -85,24 +96,27 @@ def command(
     """Read a model over the traces of a run, once: means per trace at sites, over spans, of every layer."""
     from probes.collect.job import SPANS
     from probes.collect.run import check_out, collect
-    from probes.collect.team import leads, own_device
-    from steer.subjects import open_subject
+    from probes.collect.team import leads
 
     del seed  # Nothing is random here.
     output = Output(json and leads(), quiet or not leads())
     if leads():
         check_out(out, resume)
     recorders = recorders_of(recorder, sites, spans)
-    model = open_subject(subject, device=own_device())
+    chosen = numbers(layers, "layers")
     last: list[Progress] = []
-    with output.progress("collect") as bar, _keeping_the_finished_part(last, out):
+    with (
+        opened(_named(subject, backend), recorders, chosen, batch_tokens, output) as reads,
+        output.progress("collect") as bar,
+        _keeping_the_finished_part(last, out),
+    ):
         summary = collect(
-            model,
+            reads,
             traces,
             out,
             recorders=recorders,
             spans=spans or SPANS,
-            layers=numbers(layers, "layers"),
+            layers=chosen,
             keep="group" if keep == "group" else "trace" if keep == "trace" else _wrong(keep),
             dtype=dtype,
             batch_tokens=batch_tokens,
@@ -134,6 +148,55 @@ def recorders_of(texts: list[str] | None, sites: list[str] | None, spans: list[s
     if named and not sites:
         return named
     return [*Options(words(sites) or SITES, spans or SPANS).chosen_recorders(), *named]
+
+
+def _named(subject: str, backend: str | None) -> str:
+    """The subject with the back end that was asked for."""
+    if backend not in (None, "hf", "vllm") or (backend == "hf" and subject.startswith("vllm:")):
+        raise SteerError(f"--backend {backend} was asked for of {subject}", "hf or vllm, and hf without vllm:")
+    return f"vllm:{subject}" if backend == "vllm" and not subject.startswith("vllm:") else subject
+
+
+@contextmanager
+def opened(
+    subject: str, recorders: Sequence[Recorder], layers: Sequence[int] | None, batch_tokens: int, output: Output
+) -> Iterator[SteerableModel | Reader]:
+    """Yield what reads: a model in this process, or an engine of vLLM that is started for it and stopped at the end.
+
+    Args:
+        subject: with vllm: before it for an engine.
+        recorders, layers: what the engine is to read.
+        batch_tokens: of one step of the engine.
+        output: is told what the engine's buffers need.
+
+    Raises:
+        SteerError: the subject cannot be opened, vLLM cannot record that, or several processes of torchrun ask for it.
+    """
+    from probes.collect.team import launched, own_device
+    from steer.shards import SHARD
+    from steer.subjects import open_engine, open_subject, parse
+
+    asked = parse(subject)
+    if asked.backend == "hf":
+        yield open_subject(subject, device=own_device())
+        return
+    if launched():
+        raise SteerError(
+            "torchrun shares a collection between processes, and vLLM has processes of its own",
+            "one process",
+            "Run the command without torchrun",
+        )
+    from probes.collect.vllm import VllmReader, places
+    from steer.backends.vllm.capture_read import buffer_bytes
+    from steer.backends.vllm.known import Known
+
+    known = Known.of(asked.model)
+    found = places(recorders, known, layers)
+    together = min(SHARD, batch_tokens)
+    with open_engine(subject, capture=found, max_num_batched_tokens=batch_tokens, max_num_seqs=together) as engine:
+        size = buffer_bytes(found, batch_tokens, known.anatomy.hidden, known.anatomy.chosen, engine.dtype.itemsize)
+        output.remark(f"vLLM reads at {len(found)} places; their buffers take {size / 1e6:.1f} MB on the device")
+        yield VllmReader(engine)
 
 
 def _wrong(keep: str) -> Any:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -24,9 +26,11 @@ from steer import artifacts
 from steer.backends.vllm.capture import KEY, Place, Taken, Wanted
 from steer.backends.vllm.capture_read import buffer_bytes, read
 from steer.backends.vllm.capture_worker import Captured
+from steer.cli import app
 from steer.errors import SteerError
 from steer.identity import UNKNOWN
 from steer.model import SteerableModel
+from steer.subjects import open_subject
 from steer.traces import Trace, Traces
 from tests.probes import made
 
@@ -98,11 +102,10 @@ def _parameters(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "vllm", module)
 
 
-def reader(
-    model: SteerableModel, recorders: Sequence[Any], asked: Mapping[str, Any] | None = None, **told: Any
-) -> VllmReader:
-    """A reader of a view that stands in for `SteeredLLM`."""
-    declared = places(recorders, model)
+def view_of(
+    model: SteerableModel, declared: Sequence[Place], asked: Mapping[str, Any] | None = None, **told: Any
+) -> Any:
+    """What stands in for a view of `SteeredLLM`."""
     played = Played(model, declared)
 
     def read_now(traces: Sequence[Trace], wanted: Sequence[Wanted]) -> list[Taken]:
@@ -110,18 +113,15 @@ def reader(
         return read(played, [trace.tokens for trace in traces], wanted, extra)
 
     names = ("name", "anatomy", "identity", "marks", "tokenizer", "change_ids")
-    view = SimpleNamespace(
-        **{name: getattr(model, name) for name in names},
-        **{
-            "declared": SimpleNamespace(capture=declared),
-            "longest": 256,
-            "backend": {},
-            "read": read_now,
-            "llm": played,
-        }
-        | told,
-    )
-    return VllmReader(view)  # type: ignore[arg-type]
+    known = {name: getattr(model, name) for name in names} | {"longest": 256, "backend": {}}
+    capture = SimpleNamespace(capture=tuple(declared))
+    return SimpleNamespace(**known | {"declared": capture, "read": read_now, "llm": played} | told)
+
+
+def reader(
+    model: SteerableModel, recorders: Sequence[Any], asked: Mapping[str, Any] | None = None, **told: Any
+) -> VllmReader:
+    return VllmReader(view_of(model, places(recorders, model), asked, **told))
 
 
 def alike(found: Summary, wanted: Summary) -> None:
@@ -214,7 +214,7 @@ def test_a_trace_as_long_as_the_engine_reads_is_left_out() -> None:
     [
         (SpanMeans(("attn_raw",), ("thinking",)), "cannot read attn_raw"),
         (SegmentMeans(("resid_post",), "thinking", 4), "cannot record segment_means"),
-        (HeadMeans(("thinking",)), "cannot record head_means"),
+        (HeadMeans(("thinking",)), "cannot read z"),
         (RouterCounts(("all",)), "no experts"),
         (SpanMeans(("mlp_out",), ("thinking",)), "mlp_out of layers 0-3 is to be read"),
     ],
@@ -277,3 +277,81 @@ def test_a_collection_goes_on_only_with_the_engine_that_began_it(tmp_path: Path)
     assert collect(one, run, tmp_path / "out", recorders=recorders, resume=True).rows == found.rows
     with pytest.raises(SteerError, match="other options"):
         collect(model, run, tmp_path / "out", recorders=recorders, resume=True)
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
+    """What engines were started with; each is played by hooks."""
+    found: list[tuple[str, dict[str, Any]]] = []
+
+    @contextmanager
+    def start(subject: str, **options: Any) -> Iterator[Any]:
+        found.append((subject, options))
+        model = open_subject(subject.removeprefix("vllm:"))
+        yield view_of(model, options["capture"], dtype=torch.float32, backend={"name": "vllm", "version": "played"})
+
+    monkeypatch.setattr("steer.subjects.open_engine", start)
+    return found
+
+
+@pytest.mark.parametrize("words", [("vllm:{}",), ("{}", "--backend", "vllm")])
+def test_the_verb(
+    started: list[Any], words: Sequence[str], tiny_folder: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, run = tiny_folder("qwen3"), made.traces(6).save(tmp_path / "run")
+    given = [word.format(folder) for word in words]
+    options = ["--sites", "resid_mid,attn_out", "--spans", "thinking", "--layers", "1-2", "--batch-tokens", "32"]
+    assert app.run(["collect", *given, "--traces", str(run), "--out", str(tmp_path / "served"), *options]) == 0
+    said = capsys.readouterr().err
+    assert "vLLM reads at 4 places" in said
+    assert f"{4 * 32 * 48 * 4 / 1e6:.1f} MB on the device" in said
+    ((subject, told),) = started
+    assert subject == f"vllm:{folder}"
+    assert told["max_num_batched_tokens"] == told["max_num_seqs"] == 32
+    assert set(told["capture"]) == {(site, layer) for site in ("resid_mid", "attn_out") for layer in (1, 2)}
+    assert app.run(["collect", str(folder), "--traces", str(run), "--out", str(tmp_path / "hooks"), *options]) == 0
+    alike(Summary.load(tmp_path / "served"), Summary.load(tmp_path / "hooks"))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["vllm:{}"], "vLLM cannot read z.*--sites resid_mid"),
+        (["vllm:{}", "--backend", "hf"], "hf without vllm:"),
+        (["{}", "--backend", "sglang"], "hf or vllm"),
+        (["vllm:{}", "--recorder", "segment_means:every=4"], "cannot record segment_means.*HF back end"),
+    ],
+)
+def test_the_verb_refuses(
+    started: list[Any],
+    words: list[str],
+    said: str,
+    tiny_folder: Any,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = made.traces(2).save(tmp_path / "run")
+    given = [word.format(tiny_folder("qwen3")) for word in words]
+    assert app.run(["collect", *given, "--traces", str(run), "--out", str(tmp_path / "out")]) == 2
+    assert re.search(said, " ".join(capsys.readouterr().err.split()))
+    assert not started
+    assert not (tmp_path / "out").exists()
+
+
+def test_torchrun_is_refused(
+    started: list[Any],
+    tiny_folder: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = made.traces(2).save(tmp_path / "run")
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    out = str(tmp_path / "out")
+    assert (
+        app.run(["collect", f"vllm:{tiny_folder('qwen3')}", "--traces", str(run), "--out", out, "--sites", "resid_mid"])
+        == 2
+    )
+    assert "without torchrun" in " ".join(capsys.readouterr().err.split())
+    assert not started
