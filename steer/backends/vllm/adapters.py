@@ -108,8 +108,15 @@ def rank_of(folder: Path) -> int:
         raise SteerError(f"{folder / CONFIG} says no rank ({error})", "an adapter as PEFT writes it") from None
 
 
-def options(adapters: Iterable[Adapter]) -> dict[str, Any]:
+def options(adapters: Iterable[Adapter], processors: bool) -> dict[str, Any]:
     """Return the arguments of `vllm.LLM` that make room for adapters.
+
+    On processors vLLM 0.32 looks a request without an adapter up as the last place (index -1), and gives it what lies
+    there. So all adapters have a place of their own, and the last one stays empty.
+
+    Args:
+        adapters: what may be asked for.
+        processors: whether there is no accelerator.
 
     Raises:
         SteerError: a rank above what vLLM has room for.
@@ -121,5 +128,6 @@ def options(adapters: Iterable[Adapter]) -> dict[str, Any]:
     room = [rank for rank in RANKS if rank >= highest]
     if not room:
         raise SteerError(f"an adapter has rank {highest}", f"at most {RANKS[-1]}, which vLLM has room for")
-    together = min(len(held), TOGETHER)
-    return {"enable_lora": True, "max_lora_rank": room[0], "max_loras": together, "max_cpu_loras": len(held)}
+    together = len(held) + 1 if processors else min(len(held), TOGETHER)
+    kept = max(len(held), together)
+    return {"enable_lora": True, "max_lora_rank": room[0], "max_loras": together, "max_cpu_loras": kept}

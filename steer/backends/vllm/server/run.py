@@ -174,7 +174,8 @@ def _check_default(front: Front) -> None:
 
 
 def _arguments(options: Options, front: Front, source: Source, tokenizer: Any) -> list[str]:
-    started, folder = front.started, runnable(source, processors=not torch.accelerator.is_available())
+    started, processors = front.started, not torch.accelerator.is_available()
+    folder = runnable(source, processors)
     parallel = {
         "--tensor-parallel-size": options.tensor,
         "--pipeline-parallel-size": options.pipeline,
@@ -188,7 +189,7 @@ def _arguments(options: Options, front: Front, source: Source, tokenizer: Any) -
         *("--max-num-seqs", str(options.max_num_seqs)),
         *("--shutdown-timeout", str(options.drain)),
         *(word for flag, degree in parallel.items() if degree > 1 for word in (flag, str(degree))),
-        *_adapters(started, folder == source.folder),
+        *_adapters(started, folder == source.folder, processors),
         *_reasoning(options, front, tokenizer),
         *options.rest,
         *("--additional-config", json.dumps(started.config, separators=(",", ":"))),
@@ -196,7 +197,7 @@ def _arguments(options: Options, front: Front, source: Source, tokenizer: Any) -
     ]
 
 
-def _adapters(started: Started, own: bool) -> list[str]:
+def _adapters(started: Started, own: bool, processors: bool) -> list[str]:
     folders = {name: Path(str(started.steerings)) / name for name in started.adapters}
     if not folders:
         return []
@@ -208,7 +209,7 @@ def _adapters(started: Started, own: bool) -> list[str]:
         )
     held = [Adapter(name, folder, rank_of(folder), 0, "") for name, folder in folders.items()]
     rows = (json.dumps({"name": name, "path": str(folder)}) for name, folder in folders.items())
-    flags = [(flag, value) for flag, value in room(held).items() if value is not True]
+    flags = [(flag, value) for flag, value in room(held, processors).items() if value is not True]
     told = [word for flag, value in flags for word in (f"--{flag.replace('_', '-')}", str(value))]
     return ["--enable-lora", *told, "--lora-modules", *rows]
 

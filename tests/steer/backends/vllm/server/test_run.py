@@ -85,7 +85,7 @@ def test_adapters_are_handed_to_vllm_with_room_for_the_largest(folder: Path, tmp
     refused(lambda: planned(folder), "'small'", "width")
     adapter(folder / "large", rank=20)
     made = planned(folder, wide)
-    assert value(made, "--max-lora-rank") == "32" and value(made, "--max-loras") == "2"
+    assert value(made, "--max-lora-rank") == "32" and value(made, "--max-loras") == "3", "an empty place is the last"
     start = made.arguments.index("--lora-modules")
     modules = [json.loads(text) for text in made.arguments[start + 1 : start + 3]]
     assert {row["name"]: row["path"] for row in modules} == {name: str(folder / name) for name in ("large", "small")}
