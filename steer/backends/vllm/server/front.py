@@ -116,7 +116,7 @@ class Front:
         self._secrets = self._settings.secrets()
         self._stamp, self._problem = self._settings_stamp(), ""
         self._lock = threading.Lock()
-        self._tried: OrderedDict[tuple[str, float, str | None], None] = OrderedDict()
+        self._tried: OrderedDict[tuple[str, float, str | None], bool] = OrderedDict()
 
     def settings(self) -> Settings:
         """Return the settings, read again where the file has changed.
@@ -166,8 +166,8 @@ class Front:
             served = decide(ask, self.settings(), key, self.directory)
             steering = None if served.entry is None else served.entry.steering
             with self._lock:
-                if steering is not None:
-                    self._try(steering, served)
+                if steering is not None and self._marked(steering, served) and prompt == "chat":
+                    _check_ending(body, served)
                 base = "" if steering is None else self.store.put(steering)
         except OSError as error:
             log.warning("the folder of steerings or the store cannot be used: %s", error)
@@ -218,26 +218,27 @@ class Front:
             return str(error)
         return ""
 
-    def _try(self, steering: Steering, served: Served) -> None:
-        """Refuse what a strength or a phase makes impossible, before a streamed reply has begun.
+    def _marked(self, steering: Steering, served: Served) -> bool:
+        """Say whether something acts between marks; refuse what a strength or a phase makes impossible.
+
+        The engine would refuse it too, but in the midst of a stream.
 
         Raises:
             RequestError: 400.
         """
         tried = (steering.fingerprint, served.coefficient, served.phase)
-        if tried in self._tried:
-            return
-        try:
-            if served.phase is not None:
-                check_phase(served.phase, self.declared.marks)
-            acting = effective(steering, served.coefficient, served.phase)
-            if acting is not None:
-                lower(acting, self.declared.experts, self.declared.chosen)
-        except SteerError as error:
-            raise RequestError(400, error.found, error.expected, error.remedy, served.name) from None
-        self._tried[tried] = None
-        while len(self._tried) > TRIED:
-            self._tried.popitem(last=False)
+        if tried not in self._tried:
+            try:
+                if served.phase is not None:
+                    check_phase(served.phase, self.declared.marks)
+                acting = effective(steering, served.coefficient, served.phase)
+                lowered = None if acting is None else lower(acting, self.declared.experts, self.declared.chosen)
+            except SteerError as error:
+                raise RequestError(400, error.found, error.expected, error.remedy, served.name) from None
+            self._tried[tried] = lowered is not None and lowered.marked
+            while len(self._tried) > TRIED:
+                self._tried.popitem(last=False)
+        return self._tried[tried]
 
     def _settings_stamp(self) -> tuple[int, ...]:
         if self.started.settings is None:
@@ -247,6 +248,22 @@ class Front:
         except FileNotFoundError:
             return (0,)
         return (state.st_mtime_ns, state.st_ctime_ns, state.st_size, state.st_ino)
+
+
+def _check_ending(body: Mapping[str, Any], served: Served) -> None:
+    """Refuse a chat that asks for no new turn, where phases between marks would not know from where to count.
+
+    Raises:
+        RequestError: 400.
+    """
+    if body.get("continue_final_message") or body.get("add_generation_prompt") is False:
+        raise RequestError(
+            400,
+            f"{served.name!r} acts between marks, which count from where the reply's turn begins, and the chat begins none",
+            "add_generation_prompt as it is, and no continue_final_message",
+            "Or use phase all, prompt or generated",
+            served.name,
+        )
 
 
 def _model_check(model: str) -> Any:

@@ -104,6 +104,16 @@ def test_a_strength_that_float32_does_not_hold_is_refused_before_a_stream_has_be
     assert reply.status == 400 and "not finite" in reply.message
 
 
+@pytest.mark.parametrize("more", [{"continue_final_message": True}, {"add_generation_prompt": False}])
+def test_a_chat_without_a_turn_for_the_reply_has_no_place_from_which_marks_count(
+    client: Client, more: dict[str, Any]
+) -> None:
+    for phase, path, status in (("thinking", CHAT, 400), ("thinking", COMPLETIONS, 200), ("generated", CHAT, 200)):
+        body = {**more, "vllm_xargs": {"steering": "calm", "steering_phase": phase}}
+        assert client.ask(body, path).status == status
+        assert client.ask({**body, **dict.fromkeys(more)}, path).status == 200
+
+
 def test_a_changed_file_is_another_fingerprint_and_the_store_keeps_both(client: Client, tmp_path: Path) -> None:
     client.steered("calm")
     path = adding(1).save(tmp_path / "steerings" / "calm.yaml", overwrite=True)
