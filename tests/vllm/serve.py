@@ -23,7 +23,7 @@ import httpx
 import openai
 import psutil
 
-READY = 400
+READY = 480
 """Seconds until the server has to be there; the machine may be busy."""
 
 

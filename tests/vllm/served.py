@@ -23,7 +23,7 @@ from tests.vllm import naive
 from tests.vllm.cases import QUESTIONS, direction
 from tests.vllm.lab import ENVIRONMENT, PYTHON, ROOT, Bench
 
-LONGEST = 600
+LONGEST = 780
 KEYS = {"all": "key-of-everybody", "team": "key-of-a-team"}
 NAMES = {"all": "STEER_TEST_ALL", "team": "STEER_TEST_TEAM"}
 SETTINGS = {
