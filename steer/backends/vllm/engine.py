@@ -83,7 +83,15 @@ class Front:
         lowered = lower(steering, self.declared.experts, self.declared.chosen)
         start = self._marks_from(wanted, token_ids, lowered)
         return Request(
-            steering.fingerprint, wanted.base, wanted.name, wanted.coefficient, wanted.phase, len(token_ids), start
+            fingerprint=steering.fingerprint,
+            base=wanted.base,
+            name=wanted.name,
+            coefficient=wanted.coefficient,
+            phase=wanted.phase,
+            prompt_length=len(token_ids),
+            marks_from=start,
+            in_prompt=lowered.first_is_prompt,
+            positional=lowered.positional,
         )
 
     def _marks_from(self, wanted: Asked, token_ids: Any, lowered: Lowered) -> int:
@@ -125,7 +133,7 @@ class Core:
             return None
         check_config(vllm_config, declared)
         library = Library(declared)
-        prefix.install(library)
+        prefix.install()
         return cls(library)
 
     def admit(self, request: Any) -> None:

@@ -66,6 +66,8 @@ class Request:
         phase: in place of the interventions' own; None: their own.
         prompt_length: P.
         marks_from: first prompt token at which a mark counts.
+        in_prompt: whether something acts before the prompt's last token.
+        positional: whether it matters how long the prompt is: some phase but `all` takes part.
     """
 
     fingerprint: str
@@ -75,6 +77,8 @@ class Request:
     phase: str | None
     prompt_length: int
     marks_from: int
+    in_prompt: bool
+    positional: bool
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data."""

@@ -8,6 +8,7 @@ import pytest
 
 from steer.backends.vllm.engine import Core, Front, RefusedError
 from steer.backends.vllm.library import Library
+from steer.backends.vllm.lowering import lower
 from steer.backends.vllm.prefix import extra_key
 from steer.backends.vllm.request import Asked, Request, effective, marks_from
 from steer.backends.vllm.store import Store
@@ -39,7 +40,9 @@ def test_a_request_is_resolved_to_what_acts(tmp_path):
     acting = effective(steerings()["thinking"], -2.0, "answer")
     told = Request.from_dict(request.sampling_params.extra_args.pop("steering"))
     assert request.sampling_params.extra_args == {"other": 1}
-    assert told == Request(acting.fingerprint, bases["thinking"], "t", -2.0, "answer", 4, 1)
+    assert told == Request(
+        acting.fingerprint, bases["thinking"], "t", -2.0, "answer", 4, 1, in_prompt=False, positional=True
+    )
     assert [each.phase for each in acting.interventions] == ["answer"] and acting.interventions[0].coefficient == -1.4
 
 
@@ -143,11 +146,12 @@ def test_a_store_keeps_what_was_put_there(tmp_path):
 
 def test_blocks_are_shared_up_to_the_first_steered_token_and_no_further(tmp_path):
     bases = stored(tmp_path)
-    library = Library(declared(tmp_path))
 
     def key(name: str, phase: str | None, prompt: int, start: int, end: int, marks: int = 0):
         acting = effective(steerings()[name], 1.0, phase)
-        return extra_key(library, Request(acting.fingerprint, bases[name], name, 1.0, phase, prompt, marks), start, end)
+        rows = lower(acting)
+        told = Request(acting.fingerprint, bases[name], name, 1.0, phase, prompt, marks, rows.first_is_prompt, rows.positional)  # fmt: skip
+        return extra_key(told, end)
 
     assert key("all", None, 10, 0, 4) == key("all", None, 30, 0, 4) == key("all", None, 3, 0, 4) is not None
     assert key("all", "generated", 10, 0, 9) is None and key("all", "generated", 10, 8, 10) is not None

@@ -105,7 +105,7 @@ def request(name: str, base: str, c: float, phase: str | None, prompt: int, star
     acting = effective(steerings()[name], c, phase)
     if acting is None:
         return None, {}
-    told = Request(acting.fingerprint, base, name, c, phase, prompt, start)
+    told = Request(acting.fingerprint, base, name, c, phase, prompt, start, in_prompt=True, positional=True)
     return acting, {"steering": told.to_dict()}
 
 
