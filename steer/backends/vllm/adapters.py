@@ -131,3 +131,18 @@ def options(adapters: Iterable[Adapter], processors: bool) -> dict[str, Any]:
     together = len(held) + 1 if processors else min(len(held), TOGETHER)
     kept = max(len(held), together)
     return {"enable_lora": True, "max_lora_rank": room[0], "max_loras": together, "max_cpu_loras": kept}
+
+
+def only(adapters: Iterable[Adapter]) -> dict[str, Any]:
+    """Return the argument of `vllm.LLM` that leaves modules alone which no adapter changes; none where one does not say.
+
+    On processors vLLM 0.32 cannot make room for adapters of experts, and need not where only other modules are changed.
+    """
+    names: set[str] = set()
+    for adapter in adapters:
+        config = json.loads((adapter.folder / CONFIG).read_bytes())
+        modules = config.get("target_modules")
+        if not isinstance(modules, list) or config.get("target_parameters"):
+            return {}
+        names |= {str(module).rsplit(".", 1)[-1] for module in modules}
+    return {"lora_target_modules": sorted(names)} if names else {}

@@ -106,7 +106,8 @@ class SteeredLLM:
         self.adapters = lora.prepared(adapters or {}, folder, self.identity, Path(self._scratch.name), own)
         told = {} if dtype is None else {"dtype": str(dtype).removeprefix("torch.")}
         given = {"dtype": "float32"} if source.organism else {}
-        given |= {**told, **lora.options(self.adapters.values(), self._machine.processors), **options}
+        held = list(self.adapters.values())
+        given |= {**told, **lora.options(held, self._machine.processors), **lora.only(held), **options}
         arguments = start.options(folder, self._machine, given, source.organism, self.marks, self.tokenizer)
         self._simple = "reasoning_config" not in given and "reasoning_config" in arguments
         self.declared = Declared.of(

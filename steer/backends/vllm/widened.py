@@ -54,7 +54,7 @@ def widen(folder: str | Path, out: str | Path) -> Path:
     tensors = {name: tensor.float() for name, tensor in load_file(folder / "model.safetensors").items()}
     out.mkdir(parents=True)
     for path in folder.iterdir():
-        if path.name not in ("model.safetensors", "config.json"):
+        if path.is_file() and path.name not in ("model.safetensors", "config.json"):
             shutil.copyfile(path, out / path.name)
     save_file(_widened(tensors, width), out / "model.safetensors", metadata={"format": "pt"})
     config |= {"head_dim": 2 * width, "dtype": "float32"}
