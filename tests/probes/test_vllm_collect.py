@@ -48,6 +48,7 @@ class Played:
     places: Sequence[Place]
     asked: list[dict[str, Any]] = field(default_factory=list)
     fails: bool = False
+    ends: str = "length"
 
     def __post_init__(self) -> None:
         numbers = self.model.anatomy
@@ -65,7 +66,7 @@ class Played:
             for stage in (0, 1)
         ]
 
-    def generate(self, prompts: Sequence[Any], params: Sequence[Any], use_tqdm: bool, lora_request: Any) -> None:
+    def generate(self, prompts: Sequence[Any], params: Sequence[Any], use_tqdm: bool, lora_request: Any) -> list[Any]:
         for number, (prompt, each) in enumerate(zip(prompts, params, strict=True)):
             assert each.skip_reading_prefix_cache
             assert each.max_tokens == 1
@@ -73,6 +74,7 @@ class Played:
             self._run(str(number), prompt["prompt_token_ids"], each.extra_args)
             if self.fails:
                 raise ValueError("the engine refuses")
+        return [SimpleNamespace(outputs=[SimpleNamespace(finish_reason=self.ends)]) for _ in prompts]
 
     def _run(self, name: str, tokens: list[int], extra: dict[str, Any]) -> None:
         with self.model.capture(dict.fromkeys(site for site, _ in self.places)) as acts:
@@ -186,6 +188,14 @@ def test_what_was_left_by_a_failed_call_is_forgotten() -> None:
     one.model.llm.fails = True
     with pytest.raises(ValueError, match="refuses"):
         collect(one, run, sites=("resid_post",), spans=("thinking",))
+    assert all(not stage._sums for stage in one.model.llm.stages)
+
+
+def test_a_trace_that_the_engine_gave_up_is_an_error() -> None:
+    one = reader(made.model(), [SpanMeans(("resid_post",), ("thinking",))])
+    one.model.llm.ends = "error"
+    with pytest.raises(SteerError, match="vLLM ended a trace that is read with 'error'"):
+        collect(one, made.traces(2), sites=("resid_post",), spans=("thinking",))
     assert all(not stage._sums for stage in one.model.llm.stages)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from uuid import uuid4
 
 from steer.backends.vllm.capture import KEY, ROUTER, Place, Taken, Wanted, joined
+from steer.errors import SteerError
 
 
 def read(
@@ -27,7 +28,7 @@ def read(
         adapter: vLLM's `LoRARequest` under which all are read; None for none.
 
     Raises:
-        SteerError: not every token of a sequence was run; as a `ValueError` too, what the engine cannot run.
+        SteerError: the engine ended a sequence otherwise, or not every token was run; as a `ValueError` too, what it refuses.
     """
     from vllm import SamplingParams
 
@@ -46,9 +47,14 @@ def read(
     ]
     try:
         prompts = [{"prompt_token_ids": list(tokens)} for tokens in sequences]
-        llm.generate(prompts, params, use_tqdm=False, lora_request=adapter)
+        outputs = llm.generate(prompts, params, use_tqdm=False, lora_request=adapter)
     finally:
         stages = llm.collective_rpc("steer_captured", args=(keys,))
+    ended = {str(output.outputs[0].finish_reason) for output in outputs} - {"length", "stop"}
+    if ended:
+        raise SteerError(
+            f"vLLM ended a trace that is read with {min(ended)!r}", "a trace that was run", "Its log says why"
+        )
     return [joined([stage[each.key] for stage in stages if each.key in stage], each.length) for each in keyed]
 
 
