@@ -125,7 +125,7 @@ def refused(bench: Bench) -> list[Ask]:
         Ask(prompt, "nobody"),
         Ask(prompt, "elsewhere"),
         Ask(prompt, "narrow"),
-        Ask(prompt, "add", start=99),
+        Ask(prompt, "add", phase="thinking", start=99),
         good[1],
     ]
 
