@@ -57,7 +57,9 @@ def start(place: Path) -> None:
     """Run the engine; whoever finds no summary reads what it said."""
     inherited = {key: value for key, value in os.environ.items() if not key.startswith(("VLLM_", "PYTHON", "STEER_"))}
     own = {
-        "VLLM_CACHE_ROOT": str(place / "cache"),
+        "VLLM_CACHE_ROOT": str(
+            place.parents[1] / "engines" / "cache"
+        ),  # Where every engine of the lane looks a class up.
         "TORCHINDUCTOR_CACHE_DIR": str(place / "inductor"),
         "PYTHONPATH": str(ROOT),
     }

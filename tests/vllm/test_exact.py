@@ -33,11 +33,6 @@ def alike(bench: Bench, asks: Sequence[Ask], *more: Sequence[Ask], **options: An
     return result
 
 
-def test_eager_mixture(bench: Benches) -> None:
-    made = bench("chain-moe")
-    alike(made, cases.batch(made))
-
-
 def test_eager_organism(bench: Benches) -> None:
     made = bench("chain")
     _, asks, *more = cases.rounds(made).values()
@@ -69,6 +64,7 @@ def test_compiled(bench: Benches) -> None:
 
 
 def test_prompts_in_chunks_of_sixteen_tokens(bench: Benches) -> None:
+    """A mixture of experts, eager."""
     made = bench("chain-moe")
     alike(made, cases.batch(made), max_num_batched_tokens=16)
 
