@@ -8,7 +8,7 @@ A request's tokens come in steps (chunked prefill), and come again after a preem
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -174,14 +174,6 @@ class Captured:
     def remove(self, request_id: str) -> None:
         """Forget that a request runs; what was kept of it stays until it is taken."""
         self._wanted.pop(request_id, None)
-
-    @property
-    def running(self) -> Collection[str]:
-        """The requests that are read now."""
-        return self._wanted.keys()
-
-    def __contains__(self, request_id: str) -> bool:
-        return request_id in self._wanted
 
     def ran(self, request_id: str, start: int, count: int, position: int) -> None:
         """Draw sums from a request's tokens in the step that was just run: `count` of them, from row `start` on."""

@@ -19,7 +19,7 @@ from steer.backends.vllm.capture_worker import Captured
 from steer.backends.vllm.library import Library
 from steer.backends.vllm.lowering import Lowered
 from steer.backends.vllm.request import KEY, Request
-from steer.backends.vllm.tables import WIDTH, Tables
+from steer.backends.vllm.tables import WIDTH, Tables, moved
 from steer.backends.vllm.tracker import Tracker
 from steer.errors import SteerError
 from steer.phases import State
@@ -93,15 +93,6 @@ class Rows:
         if self.captured is not None:
             self.captured.remove(request_id)
 
-    def __contains__(self, request_id: str) -> bool:
-        return request_id in self._live or (self.captured is not None and request_id in self.captured)
-
-    def keep(self, running: Mapping[str, Any]) -> None:
-        """Forget every request that is not among those that run."""
-        held = {*self._live, *(() if self.captured is None else self.captured.running)}
-        for request_id in held - running.keys():
-            self.remove(request_id)
-
     def step(self, spans: Sequence[Span], token_ids: Int[Tensor, " token"] | None) -> None:
         """Write slot and state of every token of the step to the device, before the forward.
 
@@ -126,7 +117,7 @@ class Rows:
         code = np.zeros(length, dtype=np.int64)
         for span, live in steered:
             self._positional(code, span, live, slots[live.request.fingerprint])
-        device = self._moved(torch.from_numpy(code))
+        device = moved(torch.from_numpy(code), self.tables.device)
         marked = [(span, live) for span, live in steered if live.lowered.marked]
         if marked:
             device = self._marked(device, marked, token_ids)
@@ -162,6 +153,7 @@ class Rows:
 
     def _enter(self, span: Span, live: _Live) -> None:
         if live.row < 0:
+            self._free_rows = self._free_rows or list(self.tracker.grow())
             live.row = self._free_rows.pop()
         read = list(live.known())[: span.position]
         if len(read) < span.position or min(read, default=0) < 0:
@@ -170,7 +162,3 @@ class Rows:
                 "all tokens before it",
             )
         self.tracker.enter(live.row, live.request.prompt_length, live.request.marks_from, read)
-
-    def _moved(self, code: Tensor) -> Tensor:
-        device = self.tables.device
-        return code.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else code

@@ -18,8 +18,10 @@ def follow(runner: Any, rows: Rows) -> None:
     if original is None:
         raise SteerError(f"vLLM's {type(runner).__name__} has no _model_forward", "the runner of a supported version")
 
+    followed: dict[str, Any] = {}
+
     def _model_forward(*args: Any, **kwargs: Any) -> Any:
-        spans = _spans(runner, rows)
+        spans = _spans(runner, rows, followed)
         tokens = sum(span.count for span in spans)
         rows.step(spans, runner.input_ids.gpu[:tokens])
         output = original(*args, **kwargs)
@@ -29,15 +31,19 @@ def follow(runner: Any, rows: Rows) -> None:
     runner._model_forward = _model_forward
 
 
-def _spans(runner: Any, rows: Rows) -> list[Span]:
+def _spans(runner: Any, rows: Rows, followed: dict[str, Any]) -> list[Span]:
+    """Return where the step's requests are; take in what is new, also under an id that another had a step before."""
     batch, starts = runner.input_batch, runner.query_start_loc.np
-    rows.keep(runner.requests)
+    for request_id in followed.keys() - runner.requests.keys():
+        rows.remove(request_id)
+        del followed[request_id]
     spans = []
     for index, request_id in enumerate(batch.req_ids):
         state = runner.requests[request_id]
-        if request_id not in rows:
+        if followed.get(request_id) is not state:
             extra = None if state.sampling_params is None else state.sampling_params.extra_args
             rows.add(request_id, extra, _known(state))
+            followed[request_id] = state
         start, end = int(starts[index]), int(starts[index + 1])
         spans.append(Span(request_id, start, end - start, int(batch.num_computed_tokens_cpu[index])))
     return spans

@@ -96,9 +96,9 @@ class Tables:
             if row is None:
                 gates.zero_()
                 continue
-            gates.copy_(self._moved(torch.tensor(row.gate, dtype=torch.float32)))
+            gates.copy_(moved(torch.tensor(row.gate, dtype=torch.float32), self.device))
             for name in table.keys() - {"gate", "renormalise"}:
-                table[name][slot].copy_(self._moved(getattr(row, name)))
+                table[name][slot].copy_(moved(getattr(row, name), self.device))
             if "renormalise" in table:
                 table["renormalise"][slot].fill_(row.renormalise)
 
@@ -109,9 +109,13 @@ class Tables:
         self.code[length:].zero_()
         torch.div(self.code, WIDTH, rounding_mode="floor", out=self.slot)
 
-    def _moved(self, tensor: Tensor) -> Tensor:
-        """Copy to the device by pinned memory, on the current stream: the step before may still read the old row."""
-        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
+
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy to the device without waiting for it, on the current stream: the step before may still read the old rows.
+
+    The pinned memory is new each time; PyTorch gives it to nobody else before the copy is done.
+    """
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def looked_up(table: Table, code: Int[Tensor, " token"], slot: Int[Tensor, " token"]) -> tuple[Tensor, Tensor]:

@@ -203,3 +203,24 @@ def test_what_cannot_be_followed_is_refused(tmp_path):
     with pytest.raises(SteerError, match="at most the 4 slots"):
         lowered = rows.library.lowered(Request.from_dict(args["steering"]))
         rows.tables.slots_of({str(number): lowered for number in range(5)})
+
+
+def test_preempted_requests_keep_their_rows_while_others_take_their_places(tmp_path):
+    """Under priorities a request waits preempted while others come: more are followed than may run at once."""
+    base = stored(tmp_path / "store")["thinking"]
+    engine = declared(tmp_path / "store", slots=2)
+    tables = Tables(engine, engine.places, 8, CPU)
+    rows = Rows(Library(engine), tables, requests=2)
+    tokens = [5, 3, 5, 4, 5]
+    for name in "abcde":
+        _, args = request("thinking", base, 1.0, None, 1, 0)
+        rows.add(name, args, lambda: tokens)
+        rows.step([Span(name, 0, 3, 0)], torch.tensor(tokens[:3]))
+    want = [state % WIDTH for state in states_of(tokens, 1, MARKS)]
+    rows.step([Span("a", 0, 2, 3), Span("d", 2, 2, 3)], torch.tensor(tokens[3:] * 2))
+    assert (tables.code[:4] % WIDTH).tolist() == want[3:] * 2
+    for name in "abcde":
+        rows.remove(name)
+    rows.add("f", args, lambda: tokens)
+    rows.step([Span("f", 0, 5, 0)], torch.tensor(tokens))
+    assert (tables.code[:5] % WIDTH).tolist() == want
