@@ -71,7 +71,7 @@ class Laboratory:
             torch.inference_mode(),
             uncompiled(self.model),
             self._watching(seen),
-            silent(self.config, self.layers, self.parts.values()),
+            silent(self.config, self.parts.values()),
         ):
             self.runner._dummy_run(TOKENS, is_profile=True, skip_eplb=True, **skip)
         self.tables.tell(torch.zeros(0, dtype=torch.int64, device=self.tables.device))
@@ -109,16 +109,16 @@ class Laboratory:
             call = signature(layer).bind(layer, *args, **kwargs)
             given = call.arguments
             hidden, residual = given.get("hidden_states"), given.get("residual")
-            if not isinstance(hidden, Tensor) or hidden.shape != (TOKENS, self.tables.declared.hidden):
+            if not isinstance(hidden, Tensor) or hidden.squeeze(0).shape != (TOKENS, self.tables.declared.hidden):
                 raise refusal(number, f"is called with {', '.join(given)}", "hidden_states, (token, hidden)")
             fresh = _random(number, 3, hidden)
             fresh[0][SPLIT] = fresh[0][PLAIN]
-            given["hidden_states"] = fresh[0]
+            given["hidden_states"] = fresh[0].view(hidden.shape)
             if isinstance(residual, Tensor):
                 fresh[1][SPLIT] = fresh[1][PLAIN] - fresh[2][SPLIT]
                 fresh[0][SPLIT] += fresh[2][SPLIT]
                 given["residual"] = fresh[1]
-            seen.given[number] = given["hidden_states"].double() + (0 if given.get("residual") is None else given["residual"].double())  # fmt: skip
+            seen.given[number] = fresh[0].double() + (fresh[1].double() if isinstance(residual, Tensor) else 0)
             return call.args[1:], call.kwargs
 
         return hook
@@ -128,7 +128,7 @@ class Laboratory:
 
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
             if isinstance(output, Tensor):
-                seen.streams[number] = output.double()
+                seen.streams[number] = output.double().flatten(0, -2)
                 return None
             hidden, residual, *rest = output
             seen.streams[number] = hidden.double() + residual.double()
@@ -155,20 +155,26 @@ def uncompiled(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def silent(config: Any, layers: Mapping[int, nn.Module], but: Iterable[nn.Module]) -> Iterator[None]:
-    """Let the attention of layers return zeros: without a cache its kernels return what lay in memory."""
-    known = {id(module) for module in config.compilation_config.static_forward_context.values()}
-    known -= {id(module) for module in but}
-    inner = [module for layer in layers.values() for module in layer.modules() if id(module) in known]
+def silent(config: Any, but: Iterable[nn.Module]) -> Iterator[None]:
+    """Let attention return zeros, however it is called: without a cache its kernels return what lay in memory."""
+    parts = {id(module) for module in but}
+    known = config.compilation_config.static_forward_context.values()
+    inner = [module for module in known if id(module) not in parts and not hasattr(module, "router")]
+    try:
+        for module in inner:
+            object.__setattr__(module, "forward", _zeros(module.forward))
+        yield
+    finally:
+        for module in inner:
+            object.__delattr__(module, "forward")
 
-    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+
+def _zeros(original: Any) -> Any:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        output = original(*args, **kwargs)
         return torch.zeros_like(output) if isinstance(output, Tensor) else output
 
-    with ExitStack() as stack:
-        for module in inner:
-            if not hasattr(module, "router"):
-                stack.enter_context(_removed(module.register_forward_hook(hook)))
-        yield
+    return forward
 
 
 @contextmanager
@@ -182,14 +188,14 @@ def _removed(handle: Any) -> Iterator[None]:
 def _keep(found: dict[Any, Tensor], key: Any) -> Any:
     def hook(module: nn.Module, args: Any, output: Any) -> None:
         parts = output if isinstance(output, tuple | list) else (output,)
-        found[key] = torch.stack([part.double() for part in parts if isinstance(part, Tensor)]).sum(0)
+        found[key] = torch.stack([part.double() for part in parts if isinstance(part, Tensor)]).sum(0).flatten(0, -2)
 
     return hook
 
 
 def _random(seed: int, count: int, like: Tensor) -> Tensor:
     """Tensors of eighths up to 4, whose sums every dtype holds: the same in every process."""
-    found = torch.randn(count, *like.shape, generator=torch.Generator().manual_seed(seed))
+    found = torch.randn(count, TOKENS, like.shape[-1], generator=torch.Generator().manual_seed(seed))
     return (found.mul(8).round() / 8).clamp(-4, 4).to(like.device, like.dtype)
 
 

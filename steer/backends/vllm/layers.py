@@ -1,6 +1,7 @@
 """Layers that look their change up: the declared layers of vLLM's own model, with another class.
 
-vLLM's decoder layers return (hidden, residual), whose sum is the stream, or the stream alone. What is added at
+vLLM's decoder layers return (hidden, residual), whose sum is the stream, or the stream alone; those of Transformers, which
+vLLM runs where it has none of its own, have an axis of one batch before the tokens. What is added at
 `resid_post` goes to the residual; `attn_out` and `mlp_out` are changed where the block (or the norm behind it) returns.
 A changed class keeps the parameters' names, and is there before anything is traced or captured.
 """
@@ -32,7 +33,7 @@ class _Steered(nn.Module):
     steer_tables: dict[str, Any]
 
     def steer_change(self, value: Tensor, site: str) -> Tensor:
-        count, tables = value.shape[0], self.steer_tables
+        count, tables = value.shape[-2], self.steer_tables
         code, slot = self.steer_code[:count], self.steer_slot[:count]
         return change(value, tables.get(f"{site}.project"), tables.get(f"{site}.add"), code, slot)
 
@@ -67,6 +68,11 @@ class _SteeredPart(_Steered):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = super().forward(*args, **kwargs)
+        if isinstance(output, tuple) and output and all(rest is None for rest in output[1:]):
+            return (self._changed(output[0]), *output[1:])  # Transformers' attention, without its weights.
+        return self._changed(output)
+
+    def _changed(self, output: Any) -> Tensor:
         if not isinstance(output, Tensor):
             raise SteerError(
                 f"the module that writes {self.steer_site} returns {type(output).__name__}",
