@@ -15,7 +15,6 @@ what it has changed; `after` last, so that it sees what a changed layer returns.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from steer.backends.vllm.capture import ROUTER
 from steer.backends.vllm.capture_worker import Captured
 from steer.backends.vllm.config import Declared
-from steer.backends.vllm.layers import part_of
+from steer.backends.vllm.layers import part_of, signature
 from steer.errors import SteerError
 
 
@@ -89,13 +88,7 @@ def before(layers: Mapping[int, nn.Module], captured: Captured) -> None:
             captured.rows[site, number] for site in ("resid_pre", "resid_mid") if (site, number) in captured.rows
         )
         if buffers:
-            names = list(inspect.signature(layer.forward).parameters)
-            if "hidden_states" not in names:
-                raise SteerError(
-                    f"vLLM's {type(layer).__name__} is called with {', '.join(names)}",
-                    "hidden_states among them",
-                    "Read resid_post, or use the HF back end",
-                )
+            names = list(signature(layer).parameters)[1:]
             given = names.index("hidden_states"), names.index("residual") if "residual" in names else len(names)
             _become(layer, _Given, steer_stream_at=given, steer_pre=buffers)
 
