@@ -234,6 +234,8 @@ def _scaling(place: Place, several: Iterable[Intervention], experts: int, chosen
         assert isinstance(each, ScaleExperts), "nothing else is at home at router"
         renormalise, phase = each.renormalise, each.phase
         factors[list(each.in_layer(layer))] *= each.factor(1.0)
+    if not bool(torch.isfinite(factors).all()):
+        raise SteerError(f"what multiplies weights at {place[0]} of layer {layer} is not finite in float32", "finite numbers")  # fmt: skip
     gone = (factors == 0).nonzero().flatten().tolist()
     if renormalise and len(gone) >= max(chosen, 1):
         raise SteerError(

@@ -16,6 +16,7 @@ The front process replaces them by `steering`: `Request.to_dict()`, the only for
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
@@ -125,6 +126,10 @@ def asked(extra_args: Mapping[str, Any] | None) -> Asked | None:
 
 def _number(given: Mapping[str, Any]) -> float:
     number = given.get(f"{KEY}_coefficient", 1.0)
+    if isinstance(number, int) and number.bit_length() > sys.float_info.max_exp:
+        raise SteerError(
+            f"steering_coefficient is a whole number of {number.bit_length()} bits", "one that a float holds"
+        )
     if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
         raise SteerError(f"steering_coefficient is {number!r}", "a finite number")
     return float(number)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
 from steer.backends.vllm.kept import Kept
 
 
@@ -22,3 +25,22 @@ def test_one_value_is_kept_however_large_and_another_size_takes_its_place():
     kept.put("a", 2, 5)
     kept.put("b", 3, 5)
     assert (kept.get("a"), kept.get("b"), kept.bytes) == (2, 3, 10)
+
+
+def test_threads_that_push_one_another_out_find_a_value_or_none():
+    kept: Kept[int] = Kept(most=2)
+
+    def work(seed: int) -> None:
+        for step in range(3000):
+            name = str((seed + step) % 5)
+            assert kept.get(name) in (None, int(name))
+            kept.put(name, int(name), 1)
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(work, range(4)))
+    finally:
+        sys.setswitchinterval(before)
+    assert kept.bytes == len(kept) == 2

@@ -116,5 +116,10 @@ def test_sums_that_overflow_are_refused() -> None:
         rows(huge, huge)
 
 
+def test_factors_that_overflow_together_are_refused() -> None:
+    with pytest.raises(SteerError, match="multiplies weights at router of layer 1 is not finite"):
+        rows(*(ScaleExperts(((1, 0),), 1e30) for _ in range(2)))
+
+
 def test_a_projection_before_an_addition_is_the_order_that_vllm_has() -> None:
     assert places_of(Steering((PROJECT, ADD))) == (("resid_post", "add", 1), ("resid_post", "project", 1))
