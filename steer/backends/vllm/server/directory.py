@@ -101,6 +101,7 @@ class Directory:
         """
         if self.folder is None:
             return ()
+        self.folder.stat()  # `glob` does not say that a folder is gone.
         names = {path.stem for path in self.folder.glob("*.yaml")}
         names |= {path.parent.name for path in self.folder.glob(f"*/{CONFIG}")}
         return tuple(sorted(name for name in names if NAME.fullmatch(name) and name not in RESERVED))
@@ -120,9 +121,13 @@ class Directory:
         Args:
             name: any text; only names of files directly in the folder are looked for.
             most: bytes that a steering may have, its vectors included.
+
+        Raises:
+            OSError: the folder cannot be read.
         """
         if self.folder is None or not NAME.fullmatch(name) or name in RESERVED:
             return None
+        self.folder.stat()
         steering, adapter = self.folder / f"{name}.yaml", self.folder / name
         with self._lock:
             if steering.is_file():
@@ -183,6 +188,7 @@ def _content(paths: tuple[Path, ...]) -> str:
 def _stamp(paths: tuple[Path, ...]) -> Stamp:
     states = []
     for path in paths:
-        with suppress(FileNotFoundError, NotADirectoryError):
-            states.append(path.stat())
+        with suppress(FileNotFoundError):  # Removed in between.
+            if path.exists():
+                states.append(path.stat())
     return tuple((state.st_mtime_ns, state.st_ctime_ns, state.st_size, state.st_ino) for state in states)

@@ -106,6 +106,28 @@ def test_nothing_outside_the_folder_has_a_name(tmp_path: Path) -> None:
     assert directory.find("dangling", MOST) is None
 
 
+def test_a_link_in_a_circle_is_a_problem_of_one_name_alone(tmp_path: Path) -> None:
+    adding(0).save(tmp_path / "calm.yaml")
+    (tmp_path / "circle.yaml").write_bytes((tmp_path / "calm.yaml").read_bytes())
+    (tmp_path / "circle.safetensors").symlink_to("circle.safetensors")
+    (tmp_path / "bare.yaml").symlink_to("bare.yaml")
+    (tmp_path / "tuned").mkdir()
+    (tmp_path / "tuned" / "adapter_config.json").symlink_to("adapter_config.json")
+    assert {entry.name: bool(entry.problem) for entry in Directory(tmp_path).entries(MOST)} == {
+        "calm": False,
+        "circle": True,
+    }
+
+
+def test_a_folder_that_is_gone_is_no_folder_without_steerings(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    directory = Directory(tmp_path / "in")
+    (tmp_path / "in").rmdir()
+    for look in (directory.names, lambda: directory.find("calm", MOST), lambda: directory.entries(MOST)):
+        with pytest.raises(FileNotFoundError):
+            look()
+
+
 @given(st.text(max_size=40))
 def test_any_text_is_a_name_or_is_not(name: str) -> None:
     entry = _FOLDER.find(name, MOST)

@@ -281,6 +281,11 @@ def test_a_folder_that_is_gone_is_unhealthy_and_serves_no_steering(client: Clien
     (tmp_path / "store").rename(tmp_path / "elsewhere")
     assert client.get("/health").status == 503
     assert client.steered("calm").status == 503
+    (tmp_path / "elsewhere").rename(tmp_path / "store")
+    assert client.get("/health").status == 200
+    (tmp_path / "steerings").rename(tmp_path / "elsewhere")
+    assert client.get("/health").status == client.get("/steerings").status == 503
+    assert client.steered("calm").status == client.steered("nobody").status == 503
 
 
 def test_adapters_are_served_by_name_and_refused_as_models(client: Client, tmp_path: Path) -> None:
