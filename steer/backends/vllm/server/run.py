@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -35,6 +36,9 @@ PROGRAM = "steer.backends.vllm.server.launch"
 MIDDLEWARE = "steer.backends.vllm.server.middleware.SteeringMiddleware"
 OURS = {
     "--additional-config": "It carries what may be steered",
+    "--config": "Its file could say any of these. Give the arguments themselves",
+    "--host": "Use --host, before the --",
+    "--port": "Use --port, before the --",
     "--served-model-name": "Use --name, before the --",
     "--max-num-seqs": "Use --max-num-seqs, before the --: slots follow from it",
     "--shutdown-timeout": "Use --drain, before the --",
@@ -232,11 +236,18 @@ def _tokenizer(source: Source) -> Any:
 
 def _check_rest(rest: Sequence[str]) -> None:
     for word in rest:
-        flag = word.split("=")[0].replace("_", "-")
-        if flag in OURS:
-            raise SteerError(f"{flag} stands among the arguments for vLLM", "arguments that steer serve leaves alone", OURS[flag])  # fmt: skip
+        flag = re.split("[=.]", word)[0].replace("_", "-")  # --additional-config.KEY=VALUE is one of vLLM's ways, too.
+        ours = flag if flag in OURS else _shortened(flag)
+        if ours is not None:
+            raise SteerError(f"{ours} stands among the arguments for vLLM", "arguments that steer serve leaves alone", OURS[ours])  # fmt: skip
     if os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"):
         raise SteerError("VLLM_USE_RUST_FRONTEND is set", "vLLM's server in Python", "Unset it: that front end has no middleware")  # fmt: skip
+
+
+def _shortened(flag: str) -> str | None:
+    """Return the flag of ours that vLLM's parser may take a beginning of it for; --config is one of other flags."""
+    fitting = (ours for ours in OURS if ours != "--config" and len(flag) > 2 and ours.startswith(flag))
+    return next(fitting, None) if flag.startswith("--") else None
 
 
 def _text(path: Path | None) -> str | None:

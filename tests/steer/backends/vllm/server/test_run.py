@@ -103,6 +103,15 @@ def test_what_steer_serve_decides_is_not_taken_from_the_rest(flag: str, folder: 
         refused(lambda words=words: planned(folder, rest=words), flag)
 
 
+@pytest.mark.parametrize("words", [("--additional-config.steering.slots=3",), ("--additional_config.a", "1"), ("--lora-mod", "x"), ("--api_k=x",)])  # fmt: skip
+def test_other_ways_of_vllm_to_say_the_same_are_not_taken_either(words: tuple[str, ...], folder: Path) -> None:
+    refused(lambda: planned(folder, rest=words), "among the arguments")
+
+
+def test_arguments_that_begin_like_ours_are_handed_on(folder: Path) -> None:
+    assert planned(folder, rest=("--config-format", "hf")).arguments[-6:-4] == ("--config-format", "hf")
+
+
 def test_a_front_end_without_middleware_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
     refused(lambda: planned(folder), "VLLM_USE_RUST_FRONTEND")
