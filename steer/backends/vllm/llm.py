@@ -30,7 +30,7 @@ from steer.backends.vllm.config import Declared
 from steer.backends.vllm.known import Known
 from steer.backends.vllm.lowering import Place
 from steer.backends.vllm.replies import Reply, Terms, parameters, run
-from steer.backends.vllm.store import Store
+from steer.backends.vllm.store import Store, usual
 from steer.errors import SteerError
 from steer.generation import OnToken, Progress, Prompt, as_prompts, run_meta
 from steer.model import change_id
@@ -56,7 +56,7 @@ class SteeredLLM:
         places: further (site, kind, layer) that may be steered; "all" is `Add` and `ProjectOut` at resid_post, attn_out
             and mlp_out of every layer. Layers that nobody declared are left as vLLM made them.
         slots: different steerings that one step can hold; None: `max_num_seqs`, which always suffices.
-        store: folder in which steerings are kept for the engine's processes; None: a temporary one.
+        store: folder in which steerings are kept for the engine's processes; None: one in the user's cache.
         dtype: of the weights; None keeps the checkpoint's, float32 for organisms.
         anatomy: a record of the user's own.
         capture: (site, layer) whose rows can be read.
@@ -98,7 +98,7 @@ class SteeredLLM:
         self.changes: tuple[tuple[Steering | Adapter, float], ...] = ()
         self._machine = start.machine()
         self._scratch = TemporaryDirectory(prefix="steer-vllm-")
-        kept = Path(self._scratch.name) / "store" if store is None else Path(store)
+        kept = usual() if store is None else Path(store)
         kept.mkdir(parents=True, exist_ok=True)
         self.store = Store(kept)
         folder = start.runnable(source, self._machine.processors)
@@ -137,7 +137,7 @@ class SteeredLLM:
         self.close()
 
     def close(self) -> None:
-        """Stop the engine and remove the temporary store; views of it end with it. A second time does nothing."""
+        """Stop the engine and remove what was written for it alone; views of it end with it. A second time does nothing."""
         self.llm.llm_engine.engine_core.shutdown()
         self._scratch.cleanup()
 

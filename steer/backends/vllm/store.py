@@ -15,6 +15,16 @@ from pathlib import Path
 from steer.backends.vllm.kept import Kept
 from steer.errors import SteerError
 from steer.steering import Steering
+from steer.weights import cache_folder
+
+
+def usual() -> Path:
+    """Where steerings are kept if nobody says where: one folder for every engine of a user.
+
+    It is among what an engine is told at start, by which vLLM keeps compiled code apart: a folder of another name at every
+    start would have everything compiled again. It may be removed while no engine runs.
+    """
+    return cache_folder() / "vllm-store"
 
 
 class Store:
@@ -38,21 +48,22 @@ class Store:
         self._read: Kept[Steering] = Kept()
 
     def put(self, steering: Steering) -> str:
-        """Keep a steering and return its fingerprint; what is there already stays.
+        """Keep a steering and return its fingerprint; what is there already stays, unless it cannot be read any more.
 
         Raises:
             SteerError: a `Custom` function takes part, which cannot be written down.
             OSError: the disk or the permissions refuse.
         """
         base = steering.fingerprint
-        if not (self.folder / base).is_dir():
+        if not self._has(base):
             beside = Path(tempfile.mkdtemp(prefix=".new-", dir=self.folder))
             try:
-                steering.save(beside / "steering.yaml")
-                beside.chmod(0o755)
-                beside.rename(self.folder / base)
+                steering.save(beside / "new" / "steering.yaml")
+                if (self.folder / base).exists():
+                    (self.folder / base).rename(beside / "damaged")
+                (beside / "new").rename(self.folder / base)
             except OSError:
-                if not (self.folder / base).is_dir():  # Another process may have been faster.
+                if not self._has(base):  # Another process may have been faster.
                     raise
             finally:
                 shutil.rmtree(beside, ignore_errors=True)
@@ -76,6 +87,15 @@ class Store:
             raise SteerError(f"{path} is the steering {steering.fingerprint}", f"{base}, as its folder says")
         self._keep(base, steering)
         return steering
+
+    def _has(self, base: str) -> bool:
+        if not (self.folder / base / "steering.yaml").is_file():
+            return False
+        try:
+            self.get(base)
+        except SteerError:  # Cut off, or cleaned up in part.
+            return False
+        return True
 
     def _keep(self, base: str, steering: Steering) -> None:
         size = sum(each.vectors.numel() * each.vectors.element_size() for each in steering.directions)

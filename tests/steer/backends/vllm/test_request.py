@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -144,6 +145,27 @@ def test_a_store_keeps_what_was_put_there(tmp_path):
         Store(tmp_path).get(base)
     with pytest.raises(SteerError, match="no store"):
         Store(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("damage", ["steering.yaml", "steering.safetensors", "cut"])
+def test_what_was_damaged_in_a_store_is_put_there_again(tmp_path, damage):
+    base = Store(tmp_path).put(steerings()["mixed"])
+    if damage == "cut":
+        path = tmp_path / base / "steering.safetensors"
+        path.write_bytes(path.read_bytes()[:-8])
+    else:
+        (tmp_path / base / damage).unlink()
+    with pytest.raises(SteerError):
+        Store(tmp_path).get(base)
+    assert Store(tmp_path).put(steerings()["mixed"]) == base
+    assert Store(tmp_path).get(base).fingerprint == base
+    assert sorted(path.name for path in tmp_path.iterdir()) == [base]
+    assert (tmp_path / base).stat().st_mode & 0o777 == 0o777 & ~current_umask()
+
+
+def current_umask() -> int:
+    os.umask(mask := os.umask(0))
+    return mask
 
 
 def test_blocks_are_shared_up_to_the_first_steered_token_and_no_further(tmp_path):
