@@ -112,7 +112,7 @@ def _prove(base: OnDisk, edited: OnDisk, *, read: bool, output: Output) -> int:
 def _served(first: str, second: str, prompts: Path | None, tolerance: float | None, tokens: int, output: Output) -> int:
     """Compare an engine of vLLM with a model, whichever comes first."""
     served, other = (first, second) if parse(first).backend == "vllm" else (second, first)
-    own = locate(parse(served).model).card
+    own = locate(parse(served).model).card or locate(parse(other).model).card
     more = _questions(own) if prompts is None else [prompt.content for prompt in read_prompts(prompts)]
     found = verify_served(served, other, more, tolerance=tolerance, tokens=tokens)
     output.text(str(found))
