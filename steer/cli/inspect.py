@@ -78,9 +78,7 @@ def command(
     table: dict[str, list[str]] = {}
     for row in rows:
         table.setdefault(row.change, [row.change]).append(str(row))
-    output.table(
-        "forms (layers reached)", ("change of all tokens", *FORMS), list(table.values())
-    )
+    output.table("forms (layers reached)", ("change of all tokens", *FORMS), list(table.values()))
     for why in dict.fromkeys(f"{row.form}, {row.change}: {row.why}" for row in rows if row.why):
         output.text(f"  {why}")
     if asked.changes:
