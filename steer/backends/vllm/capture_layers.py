@@ -65,16 +65,18 @@ class _Contributed(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = super().forward(*args, **kwargs)
-        value = output if self.steer_scale == 1.0 else output * self.steer_scale
+        value = output[0] if isinstance(output, tuple) else output  # Transformers' attention, without its weights.
+        value = value if self.steer_scale == 1.0 else value * self.steer_scale
         if self.steer_out is not None:
             _write(self.steer_out, value)
         if self.steer_mid is not None:
-            self.steer_mid[: value.shape[0]].add_(value)
+            self.steer_mid[: value.shape[-2]].add_(value.flatten(0, -2))
         return output
 
 
 def _write(buffer: Tensor, value: Tensor) -> None:
-    buffer[: value.shape[0]].copy_(value)
+    """Write a step's rows; layers that Transformers makes have an axis of one batch before them."""
+    buffer[: value.shape[-2]].copy_(value.flatten(0, -2))
 
 
 def before(layers: Mapping[int, nn.Module], captured: Captured) -> None:

@@ -124,12 +124,12 @@ def looked_up(table: Table, code: Int[Tensor, " token"], slot: Int[Tensor, " tok
 
 
 def change(
-    value: Float[Tensor, "token hidden"],
+    value: Float[Tensor, "*batch token hidden"],
     project: Table | None,
     add: Table | None,
     code: Int[Tensor, " token"],
     slot: Int[Tensor, " token"],
-) -> Float[Tensor, "token hidden"]:
+) -> Float[Tensor, "... hidden"]:
     """Return what the places of one site add to a value, in float32: −g v̂ v̂ᵀh, then g v."""
     total: Tensor | None = None
     if project is not None:

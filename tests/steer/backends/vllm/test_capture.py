@@ -227,20 +227,46 @@ class _Layer(nn.Module):
         return self.mlp(residual), residual
 
 
-class _Model(nn.Module):
-    def __init__(self, count: int) -> None:
+class _Attention(_Part):
+    """As of Transformers: what it returns has its weights beside it, which nobody asked for."""
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        return super().forward(hidden_states), None
+
+
+class _Wrapped(nn.Module):
+    """As of Transformers: the whole stream comes and goes, with an axis of one batch."""
+
+    def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(_Layer() for _ in range(count))
+        self.self_attn, self.mlp = _Attention(0.5), _Part(0.25)
+
+    def forward(self, hidden_states):  # type: ignore[no-untyped-def]
+        stream = hidden_states + self.self_attn(hidden_states)[0]
+        return stream + self.mlp(stream)
+
+
+class _Model(nn.Module):
+    def __init__(self, count: int, wrapped: bool) -> None:
+        super().__init__()
+        self.wrapped = wrapped
+        self.layers = nn.ModuleList((_Wrapped if wrapped else _Layer)() for _ in range(count))
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         residual = None
+        if self.wrapped:
+            hidden = hidden[None]
+            for layer in self.layers:
+                hidden = layer(hidden)
+            return hidden[0]
         for layer in self.layers:
             hidden, residual = layer(None, hidden, residual=residual)
         assert residual is not None
         return hidden + residual
 
 
-def test_layers_write_what_is_read_after_every_change(tmp_path) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_layers_write_what_is_read_after_every_change(tmp_path, wrapped: bool) -> None:  # type: ignore[no-untyped-def]
     """By hand: x -> x + p, then per layer a = x/2 + q, m = x + a, x' = m + m/4 + r; one row is steered, one is not."""
     anatomy = made.model().anatomy
     count, hidden = anatomy.layers, anatomy.hidden
@@ -255,7 +281,7 @@ def test_layers_write_what_is_read_after_every_change(tmp_path) -> None:  # type
         (site, layer) for site in ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post") for layer in (0, 1, 2)
     ]
     declared = Declared.of(anatomy, tmp_path, [steering], slots=2, capture=places)
-    model = _Model(count)
+    model = _Model(count, wrapped)
     found = layers.decoder_layers(model, declared)
     tables = Tables(declared, layers.local_places(declared, found), 8, torch.device("cpu"))
     worker = Captured(declared.capture, tokens=8, hidden=hidden, experts=0, chosen=0, dtype=torch.float32, device="cpu")
