@@ -14,6 +14,7 @@ engine runs that, whatever happens to the file.
 from __future__ import annotations
 
 import math
+import os
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -120,6 +121,10 @@ OFF, PLAIN = Served("off"), Served(NONE)
 def who(authorization: str | None, secret_keys: Sequence[tuple[str, Key]]) -> Key | None:
     """Return the key that a request shows, or None where no key is asked for.
 
+    Args:
+        authorization: the header, each byte as the character of that number.
+        secret_keys: each key, as the environment has it, with what it may do.
+
     Raises:
         RequestError: 401, no key or an unknown one.
     """
@@ -128,7 +133,7 @@ def who(authorization: str | None, secret_keys: Sequence[tuple[str, Key]]) -> Ke
     scheme, _, shown = (authorization or "").partition(" ")
     found = None
     for secret, key in secret_keys:
-        if secrets.compare_digest(secret.encode(), shown.encode("utf-8", "surrogateescape")):
+        if secrets.compare_digest(os.fsencode(secret), shown.encode("latin-1", "backslashreplace")):
             found = key
     if found is None or scheme.lower() != "bearer":
         raise RequestError(401, "the request shows no key that is known here", "Authorization: Bearer KEY")
@@ -218,13 +223,7 @@ def rewritten(
         RequestError: 400, an adapter asked for as a model, or something that runs unsteered in vLLM.
     """
     arguments = {word: value for word, value in (body.get(ARGUMENTS) or {}).items() if word not in WORDS}
-    if body.get("model") in adapters:
-        raise RequestError(
-            400,
-            f"the adapter {body['model']!r} is asked for as a model",
-            f'{ARGUMENTS}: {{"steering": NAME}}',
-            f"Ask for the model {model!r}",
-        )
+    check_model(body, adapters, model)
     changed = dict(body)
     if served.entry is not None:
         for word, reason in UNSTEERABLE.items():
@@ -240,6 +239,21 @@ def rewritten(
             arguments |= asked.to_args()
     changed.pop(ARGUMENTS, None)
     return changed | ({ARGUMENTS: arguments} if arguments else {})
+
+
+def check_model(body: Mapping[str, Any], adapters: Sequence[str], model: str) -> None:
+    """Refuse an adapter that is asked for as a model, past the switch and the keys; arguments as of `rewritten`.
+
+    Raises:
+        RequestError: 400.
+    """
+    if body.get("model") in adapters:
+        raise RequestError(
+            400,
+            f"the adapter {body['model']!r} is asked for as a model",
+            f'{ARGUMENTS}: {{"steering": NAME}}',
+            f"Ask for the model {model!r}",
+        )
 
 
 def _entry(name: str, settings: Settings, key: Key | None, offer: Offer) -> Entry:

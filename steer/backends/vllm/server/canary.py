@@ -9,8 +9,9 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from http.client import HTTPException
 from typing import Any
-from urllib.error import HTTPError, URLError
+from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 from steer.errors import SteerError
@@ -140,5 +141,5 @@ def _call(url: str, key: str | None, body: Mapping[str, Any] | None = None) -> t
         raise SteerError(
             f"{url} answered {error.code}: {said}", "a server that `steer serve` started", remedy
         ) from None
-    except (URLError, TimeoutError, ValueError) as error:
+    except (OSError, HTTPException, ValueError) as error:
         raise SteerError(f"{url} did not answer ({error})", "a server that `steer serve` started", "Check address and log") from None  # fmt: skip

@@ -23,7 +23,17 @@ from steer.anatomy.resolve import resolve
 from steer.backends.vllm.config import Declared
 from steer.backends.vllm.lowering import lower
 from steer.backends.vllm.request import effective
-from steer.backends.vllm.server.asking import Prompt, RequestError, Served, decide, rewritten, said, who
+from steer.backends.vllm.server.asking import (
+    Ask,
+    Prompt,
+    RequestError,
+    Served,
+    check_model,
+    decide,
+    rewritten,
+    said,
+    who,
+)
 from steer.backends.vllm.server.directory import Directory, Entry
 from steer.backends.vllm.server.settings import Key, Settings, parse
 from steer.backends.vllm.store import Store
@@ -173,6 +183,16 @@ class Front:
             log.warning("the folder of steerings or the store cannot be used: %s", error)
             raise RequestError(503, "the steerings of this server cannot be read", "", "Its log says why") from None
         return served, rewritten(body, served, prompt, base, tuple(self.started.adapters), self.started.name)
+
+    def check_plain(self, body: Mapping[str, Any], path: str) -> None:
+        """Refuse a body that asks for steering at an endpoint where nothing is steered.
+
+        Raises:
+            RequestError: 400.
+        """
+        if said(body) != Ask():
+            raise RequestError(400, f"{path} is asked to steer", "chat or completions of /v1")
+        check_model(body, tuple(self.started.adapters), self.started.name)
 
     def listing(self, key: Key | None) -> dict[str, Any]:
         """Return what `GET /steerings` says: what is on, what the key may ask for, and what cannot be served.

@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, TypeVar
 
-from steer.backends.vllm.server.asking import Ask, Prompt, RequestError, Served, said
+from steer.backends.vllm.server.asking import Prompt, RequestError, Served
 from steer.backends.vllm.server.bodies import (
     DisconnectedError,
     Message,
@@ -102,8 +102,7 @@ class SteeringMiddleware:
                 raise RequestError(503, lacking)
         elif method == "POST" and path in (*HARMLESS, *self.front.settings().endpoints):
             body = await self._body(scope, receive)
-            if said(body) != Ask():
-                raise RequestError(400, f"{path} is asked to steer", f"one of {', '.join(STEERED)}")
+            self.front.check_plain(body, path)
             return await self._hand_on(scope, body, receive, send)
         elif method not in ("GET", "HEAD") and path not in OPEN:
             remedy = "The operator can list it under endpoints of the settings, where nothing is steered"

@@ -181,6 +181,12 @@ def test_keys_are_told_apart_and_compared_whole() -> None:
         assert status(lambda shown=shown: who(shown, keys), "Bearer") == 401
 
 
+def test_a_key_may_have_any_letters() -> None:
+    keys = (("schlüssel", Key(env="A")),)
+    sent = "Bearer schlüssel".encode().decode("latin-1")  # As a middleware reads the bytes of a header.
+    assert who(sent, keys) == keys[0][1]
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),

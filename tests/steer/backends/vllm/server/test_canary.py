@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
@@ -108,6 +109,19 @@ def test_what_cannot_be_asked_is_refused(fake: tuple[Fake, str]) -> None:
     assert "s3cret" not in str(refused(lambda: canary.sing(url), "401", "--key-env"))
     refused(lambda: canary.sing("127.0.0.1:1"), "no address")
     refused(lambda: canary.sing("http://127.0.0.1:1"), "did not answer")
+
+
+def test_what_is_no_server_of_pages_is_refused() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def greet() -> None:
+            connection, _ = listening.accept()
+            with connection:
+                connection.recv(1 << 12)
+                connection.sendall(b"220 another protocol\r\n")
+
+        Thread(target=greet, daemon=True).start()
+        refused(lambda: canary.sing(f"http://127.0.0.1:{listening.getsockname()[1]}"), "did not answer")
 
 
 def test_the_verb_says_it_and_takes_the_key_from_the_environment(

@@ -299,6 +299,10 @@ def test_adapters_are_served_by_name_and_refused_as_models(client: Client, tmp_p
     )
     assert client.ask({"model": "tuned"}).status == 400
     assert client.steered("tuned", coefficient=0.5).status == 400
+    settle(client, tmp_path, endpoints=["/v1/embeddings"])
+    client.front = front(tmp_path, adapters={"tuned": entry.fingerprint})
+    assert client.ask({"model": "tuned"}, "/v1/embeddings").status == 400
+    assert client.ask({"model": "m"}, "/v1/embeddings").status == 200
     adapter(tmp_path / "steerings" / "late")
     assert "since the server was started" in client.steered("late").message
 
