@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -86,8 +87,11 @@ def command(
 ) -> None:
     """Serve MODEL with vLLM's OpenAI-compatible server; a request names a steering, a coefficient and a phase."""
     from steer.backends.vllm.server.run import Options, plan
+    from steer.backends.vllm.start import require
 
     output = Output(json, quiet)
+    if not dry_run:
+        require()
     options = Options(
         model,
         steerings=steerings,
@@ -103,14 +107,14 @@ def command(
         tensor=tensor_parallel,
         pipeline=pipeline_parallel,
         data=data_parallel,
-        rest=(*(rest or ()), *(() if "--seed" in (rest or ()) else ("--seed", str(seed)))),
+        rest=(*(rest or ()), "--seed", str(seed)),
     )
     planned = plan(options)
     listed = planned.front.listing(None)
     rows = [[row["name"], row["fingerprint"] or "", row["problem"] or "served"] for row in listed["steerings"]]
     output.table(f"Steerings of {planned.started.name}", ["name", "fingerprint", ""], rows)
     if dry_run:
-        output.text(" ".join(planned.command))
+        output.text(shlex.join(planned.command))
     output.result({"command": list(planned.command), **listed})
     if not dry_run:
         output.remark(f"Listening at http://{host}:{port} when vLLM is ready …")

@@ -39,6 +39,7 @@ OURS = {
     "--config": "Its file could say any of these. Give the arguments themselves",
     "--host": "Use --host, before the --",
     "--port": "Use --port, before the --",
+    "--seed": "Use --seed, before the --",
     "--served-model-name": "Use --name, before the --",
     "--max-num-seqs": "Use --max-num-seqs, before the --: slots follow from it",
     "--shutdown-timeout": "Use --drain, before the --",
