@@ -89,7 +89,8 @@ def steered(
                 continue
             assert isinstance(each, Add | ProjectOut)
             for layer in each.active_layers:
-                hook = hidden(each, each.direction[layer], coefficient, when, phases)
+                scale = 1.0 if each.site == "resid_post" else getattr(model.config, "residual_multiplier", 1.0)
+                hook = hidden(each, each.direction[layer] / scale, coefficient, when, phases)
                 module = place(model, each.site, layer)
                 stack.callback(module.register_forward_hook(hook).remove)
         if changes:
