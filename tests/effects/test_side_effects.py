@@ -20,6 +20,13 @@ from tests.effects.lab import RANDOM_DIRECTIONS, SPANS, Lab, asked
 pytestmark = pytest.mark.effects
 SPAN = SPANS[0]
 SHORTER, LONGER = "shorter", "longer"
+SAMPLES_READ = 3
+"""Of the lane's replies to each question: every one is read by eight models, and intervals are over questions."""
+
+
+def some(traces: Iterable[Trace]) -> list[Trace]:
+    """The first replies to every question."""
+    return [trace for trace in traces if trace.sample < SAMPLES_READ]
 
 
 @pytest.fixture(scope="module")
@@ -30,12 +37,12 @@ def comparison(lab: Lab) -> Comparison:
     steering = Steering((Add(lab.direction(SPAN).only(told["layers"]), told["site"]),), lab.model.identity)
     ends = {SHORTER: grid[0], LONGER: grid[-1]}
 
-    def ask(name: str, view: object) -> Iterable[Trace]:
+    def ask(name: str, view: object) -> list[Trace]:
         steering, _, control = name.partition(", random ")
-        return lab.steered(SPAN, ends[steering], int(control) if control else None).traces
+        return some(lab.steered(SPAN, ends[steering], int(control) if control else None).traces)
 
     steerings = {name: (steering, coefficient) for name, coefficient in ends.items()}
-    return probes.compare(lab.model, steerings, lab.plain.traces, ask, controls=RANDOM_DIRECTIONS)
+    return probes.compare(lab.model, steerings, some(lab.plain.traces), ask, controls=RANDOM_DIRECTIONS)
 
 
 def beyond(found: Comparison, name: str, quantity: str, part: str = "thinking", on: str = PLAIN_TRACES) -> Beyond:
