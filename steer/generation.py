@@ -99,6 +99,7 @@ def as_prompts(prompts: Sequence[Content | Prompt], chat: bool = False) -> list[
                 f"prompt {item} is {str(content)[:60]!r}", "text, or a list of messages with role and content"
             )
         named.append(given if isinstance(given, Prompt) else Prompt(item, content))
+    cut(prompt.id for prompt in named)  # Refuses an id that occurs twice.
     return named
 
 

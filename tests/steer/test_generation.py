@@ -283,6 +283,7 @@ def test_prompts_that_are_none(prompts, word):
 def test_options_that_are_none(model):
     refused(lambda: as_prompts("one text"), "single text")
     refused(lambda: generate(model, [Prompt("a", "x"), Prompt("a", "y")]), "'a' occurs twice")
+    refused(lambda: as_prompts([Prompt("00001", "x"), "y"]), "'00001' occurs twice")
     refused(lambda: generate(model, ["a"], samples=0), "samples is 0")
     refused(lambda: generate(model, ["a"], batch_size=0), "batch_size is 0")
     refused(lambda: generate(steer.wrap(model.hf), ["a"]), "no tokenizer")
