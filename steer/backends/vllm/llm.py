@@ -141,6 +141,11 @@ class SteeredLLM:
         self.llm.llm_engine.engine_core.shutdown()
         self._scratch.cleanup()
 
+    def _check_runs(self) -> None:
+        """Refuse to go on behind `close`, whichever view was closed: they share what it removes."""
+        if not Path(self._scratch.name).is_dir():
+            raise SteerError(f"the engine of {self.identity.name} was stopped", "one that runs", "Use it before close(), within its with block")  # fmt: skip
+
     @property
     def name(self) -> str:
         """How it was loaded."""
@@ -294,6 +299,7 @@ class SteeredLLM:
         Raises:
             SteerError: the engine was not started for reading (`capture=`); as a `ValueError` too, what it cannot run.
         """
+        self._check_runs()
         asked = [whole(trace) for trace in traces] if wanted is None else wanted
         choice = self._chosen(None, 1.0, None)
         extra = [choice.extra(trace.generation_prompt_start) for trace in traces]
@@ -327,6 +333,7 @@ class SteeredLLM:
         on_token: OnToken | None = None,
     ) -> list[Reply]:
         """Every reply, ordered by (item, sample)."""
+        self._check_runs()
         replies = []
         for prompt in sorted(asked, key=lambda prompt: prompt.id):
             rendered = self.render(prompt.content, terms.thinking)

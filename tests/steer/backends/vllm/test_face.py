@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +19,7 @@ from steer import Add, Direction, Patch, ProjectOut, Sampling, ScaleExperts, Ste
 from steer.backends.vllm import adapters, start
 from steer.backends.vllm.choice import Choice, kept, named, of_steerings, per_prompt, the_adapter
 from steer.backends.vllm.known import Known
+from steer.backends.vllm.llm import SteeredLLM
 from steer.backends.vllm.replies import Reply, Terms, run, seed_of
 from steer.backends.vllm.store import Store
 from steer.marks import Marks
@@ -24,6 +28,7 @@ from steer.prompts import Prompt, Rendered
 from steer.sampling import end_tokens
 from steer.sources import Source, locate
 from steer.subjects import load_change
+from tests.steer.made import refused
 
 MODEL = "organism:chain"
 
@@ -291,3 +296,16 @@ def test_a_reply_that_ended_otherwise_is_no_trace() -> None:
     reply.finish = "abort"
     with pytest.raises(SteerError, match="'abort'"):
         reply.trace(None, Marks(), None)
+
+
+def test_nothing_is_asked_of_an_engine_that_was_stopped(tmp_path: Path, model: SteerableModel) -> None:
+    stopped: list[bool] = []
+    core = SimpleNamespace(shutdown=lambda: stopped.append(True))
+    llm: Any = SteeredLLM.__new__(SteeredLLM)
+    llm.llm, llm.identity = SimpleNamespace(llm_engine=SimpleNamespace(engine_core=core)), model.identity
+    llm._scratch = TemporaryDirectory(dir=tmp_path)
+    view = copy.copy(llm)
+    llm.close()
+    llm.close()
+    refused(lambda: view.read([]), "organism:chain was stopped")
+    assert stopped and not list(tmp_path.iterdir())
