@@ -107,7 +107,8 @@ def command(
         tensor=tensor_parallel,
         pipeline=pipeline_parallel,
         data=data_parallel,
-        rest=(*(rest or ()), "--seed", str(seed)),
+        seed=seed,
+        rest=tuple(rest or ()),
     )
     planned = plan(options)
     listed = planned.front.listing(None)

@@ -67,6 +67,7 @@ class Options:
         max_num_seqs: requests that run at once, and slots.
         drain: seconds that running requests are given when the server is told to end.
         tensor, pipeline, data: degrees of parallelism.
+        seed: of vLLM.
         rest: further arguments of vLLM.
     """
 
@@ -84,6 +85,7 @@ class Options:
     tensor: int = 1
     pipeline: int = 1
     data: int = 1
+    seed: int = 0
     rest: tuple[str, ...] = ()
 
 
@@ -192,7 +194,7 @@ def _arguments(options: Options, front: Front, source: Source, tokenizer: Any) -
         *("--served-model-name", started.name),
         *("--host", options.host, "--port", str(options.port)),
         *("--max-num-seqs", str(options.max_num_seqs)),
-        *("--shutdown-timeout", str(options.drain)),
+        *("--shutdown-timeout", str(options.drain), "--seed", str(options.seed)),
         *(word for flag, degree in parallel.items() if degree > 1 for word in (flag, str(degree))),
         *_adapters(started, folder == source.folder, processors),
         *_reasoning(options, front, tokenizer),
