@@ -8,7 +8,7 @@ The engine is stopped before the model is loaded, so that both fit where one doe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -72,6 +72,7 @@ def verify_served(
     *,
     tolerance: float | None = None,
     tokens: int = TOKENS,
+    options: Mapping[str, Any] | None = None,
 ) -> Served:
     """Measure whether an engine of vLLM runs what a model in this process runs.
 
@@ -81,6 +82,7 @@ def verify_served(
         prompts: texts or chat messages to reply to; None takes `QUESTIONS`.
         tolerance: largest difference that passes; by default `STATED` of the engine's dtype times the largest logit.
         tokens: how many the engine writes to each prompt at most.
+        options: of the engine, as of `SteeredLLM`.
 
     Raises:
         SteerError: not one engine and one model; another vocabulary; no tokens.
@@ -89,7 +91,7 @@ def verify_served(
         raise SteerError("two engines of vLLM were to be compared", "one subject with vllm: and one without", "Compare each with the same model")  # fmt: skip
     if tokens < 1 or (tolerance is not None and not tolerance >= 0):
         raise SteerError(f"replies of {tokens} tokens and a tolerance of {tolerance}", "1 token or more, and 0 or more")
-    with open_engine(served) as engine:
+    with open_engine(served, **(options or {})) as engine:
         replies = engine.greedy(QUESTIONS if prompts is None else prompts, tokens)
         dtype, vocabulary = engine.dtype, engine.identity.tokenizer_id
     model = open_subject(other)

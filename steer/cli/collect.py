@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from steer.cli.engine import Engine, engine_options
 from steer.cli.lists import numbers, words
 from steer.cli.options import Json, Out, Quiet, Resume, Runnable, Seed
 from steer.cli.output import Bar, Output
@@ -87,6 +88,7 @@ def command(
     batch_tokens: BatchTokens = 8192,
     max_tokens: MaxTokens = None,
     backend: Backend = None,
+    engine: Engine = None,
     cache: Cache = None,
     resume: Resume = False,
     seed: Seed = 0,
@@ -106,7 +108,7 @@ def command(
     chosen = numbers(layers, "layers")
     last: list[Progress] = []
     with (
-        opened(_named(subject, backend), recorders, chosen, batch_tokens, output) as reads,
+        opened(_named(subject, backend), recorders, chosen, batch_tokens, output, engine) as reads,
         output.progress("collect") as bar,
         _keeping_the_finished_part(last, out),
     ):
@@ -159,7 +161,12 @@ def _named(subject: str, backend: str | None) -> str:
 
 @contextmanager
 def opened(
-    subject: str, recorders: Sequence[Recorder], layers: Sequence[int] | None, batch_tokens: int, output: Output
+    subject: str,
+    recorders: Sequence[Recorder],
+    layers: Sequence[int] | None,
+    batch_tokens: int,
+    output: Output,
+    engine: list[str] | None = None,
 ) -> Iterator[SteerableModel | Reader]:
     """Yield what reads: a model in this process, or an engine of vLLM that is started for it and stopped at the end.
 
@@ -168,6 +175,7 @@ def opened(
         recorders, layers: what the engine is to read.
         batch_tokens: of one step of the engine.
         output: is told what the engine's buffers need.
+        engine: further options of an engine, as `--engine` has them.
 
     Raises:
         SteerError: the subject cannot be opened, vLLM cannot record that, or several processes of torchrun ask for it.
@@ -178,6 +186,7 @@ def opened(
 
     asked = parse(subject)
     if asked.backend == "hf":
+        engine_options(engine, False)
         yield open_subject(subject, device=own_device())
         return
     if launched():
@@ -193,10 +202,11 @@ def opened(
     known = Known.of(asked.model)
     found = places(recorders, known, layers)
     together = min(SHARD, batch_tokens)
-    with open_engine(subject, capture=found, max_num_batched_tokens=batch_tokens, max_num_seqs=together) as engine:
-        size = buffer_bytes(found, batch_tokens, known.anatomy.hidden, known.anatomy.chosen, engine.dtype.itemsize)
+    own: dict[str, Any] = {"capture": found, "max_num_batched_tokens": batch_tokens, "max_num_seqs": together}
+    with open_engine(subject, **own, **engine_options(engine, True, own)) as running:
+        size = buffer_bytes(found, batch_tokens, known.anatomy.hidden, known.anatomy.chosen, running.dtype.itemsize)
         output.remark(f"vLLM reads at {len(found)} places; their buffers take {size / 1e6:.1f} MB on the device")
-        yield VllmReader(engine)
+        yield VllmReader(running)
 
 
 def _wrong(keep: str) -> Any:

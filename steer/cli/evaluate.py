@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from steer.cli.engine import Engine
 from steer.cli.generate import MaxNewTokens, NoThinking, PolicyText, Temperature, TopK, TopP, opened, sampling_of
 from steer.cli.options import Json, Out, Quiet, Resume, Rows, Runnable, Seed
 from steer.cli.output import Output
@@ -45,6 +46,7 @@ def command(
     no_thinking: NoThinking = False,
     resume: Resume = False,
     batch_size: Rows = None,
+    engine: Engine = None,
     seed: Seed = 0,
     json: Json = False,
     quiet: Quiet = False,
@@ -58,7 +60,7 @@ def command(
     refuse_folder(out, resume)
     chosen = named(task, instruction)
     chosen.items(limit)
-    with opened(subject, batch_size) as model, output.progress("evaluate") as bar:
+    with opened(subject, batch_size, engine) as model, output.progress("evaluate") as bar:
         run = evaluate(
             model,
             chosen,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from steer.cli.engine import Engine, engine_options
 from steer.cli.options import Json, Quiet, Rows, Runnable, Seed
 from steer.cli.output import Output
 from steer.errors import SteerError
@@ -81,6 +82,7 @@ def command(
     raw: Raw = False,
     system: System = None,
     batch_size: Rows = None,
+    engine: Engine = None,
     seed: Seed = 0,
     json: Json = False,
     quiet: Quiet = False,
@@ -100,7 +102,7 @@ def command(
     if out is not None:
         refuse_folder(out)
     read = None if prompts is None else read_prompts(prompts)
-    with opened(subject, batch_size) as model:
+    with opened(subject, batch_size, engine) as model:
         asked = as_asked(model, prompt, read, raw, system)
         options: dict[str, Any] = {
             "sampling": sampling_of(
@@ -129,21 +131,26 @@ def command(
 
 
 @contextmanager
-def opened(subject: str, batch_size: int | None = None) -> Iterator[SteerableModel | SteeredLLM]:
+def opened(
+    subject: str, batch_size: int | None = None, engine: list[str] | None = None
+) -> Iterator[SteerableModel | SteeredLLM]:
     """What a subject names: a model in this process, or an engine of vLLM, which is stopped at the end.
 
     Args:
         subject: with vllm: before it for an engine.
         batch_size: requests of an engine that run together; None leaves its default.
+        engine: further options of an engine, as `--engine` has them.
     """
     from steer.subjects import open_engine, open_subject, parse
 
-    if parse(subject).backend == "hf":
+    backend = parse(subject).backend
+    options = engine_options(engine, backend == "vllm", own=("max_num_seqs",))
+    if backend == "hf":
         yield open_subject(subject)
         return
     together: dict[str, Any] = {} if batch_size is None else {"max_num_seqs": batch_size}
-    with open_engine(subject, **together) as engine:
-        yield engine
+    with open_engine(subject, **together, **options) as running:
+        yield running
 
 
 def as_asked(

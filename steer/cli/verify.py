@@ -12,6 +12,7 @@ from edits.checkpoint.manifest import MANIFEST, PATCH, STORY
 from edits.checkpoint.proof import prove
 from edits.served import verify_served
 from edits.verify import TOKENS, verify
+from steer.cli.engine import Engine, engine_options
 from steer.cli.options import Json, Quiet, Runnable, Seed
 from steer.cli.output import Output
 from steer.errors import SteerError
@@ -53,12 +54,15 @@ def command(
     prompts: Prompts = None,
     tokens: Tokens = TOKENS,
     tolerance: Tolerance = None,
+    engine: Engine = None,
     seed: Seed = 0,
     json: Json = False,
     quiet: Quiet = False,
 ) -> int:
     """Measure whether two subjects are the same model: bytes, then logits. Exits with 1 if they are not."""
     output = Output(json, quiet)
+    if "vllm" not in (parse(first).backend, parse(second).backend) or weights:
+        engine_options(engine, False)
     if weights and (prompts is not None or tolerance is not None or tokens != TOKENS):
         raise SteerError(
             "--weights compares bytes and runs nothing, so --prompts, --tokens and --tolerance would do nothing",
@@ -79,7 +83,8 @@ def command(
     elif quick:
         raise SteerError("--quick was given without --weights", "both, or none")
     elif "vllm" in (parse(first).backend, parse(second).backend):
-        return _served(first, second, prompts, tolerance, tokens, output)
+        options = engine_options(engine, True)
+        return _served(first, second, prompts, tolerance, tokens, output, options)
     else:
         a, b = open_subject(first), open_subject(second)
         more = _questions(a.card) if prompts is None else [prompt.content for prompt in read_prompts(prompts)]
@@ -109,12 +114,20 @@ def _prove(base: OnDisk, edited: OnDisk, *, read: bool, output: Output) -> int:
     return 0 if found.passed else 1
 
 
-def _served(first: str, second: str, prompts: Path | None, tolerance: float | None, tokens: int, output: Output) -> int:
+def _served(
+    first: str,
+    second: str,
+    prompts: Path | None,
+    tolerance: float | None,
+    tokens: int,
+    output: Output,
+    options: dict[str, Any],
+) -> int:
     """Compare an engine of vLLM with a model, whichever comes first."""
     served, other = (first, second) if parse(first).backend == "vllm" else (second, first)
     own = locate(parse(served).model).card or locate(parse(other).model).card
     more = _questions(own) if prompts is None else [prompt.content for prompt in read_prompts(prompts)]
-    found = verify_served(served, other, more, tolerance=tolerance, tokens=tokens)
+    found = verify_served(served, other, more, tolerance=tolerance, tokens=tokens, options=options)
     output.text(str(found))
     output.result(found.to_dict())
     return 0 if found.passed else 1
