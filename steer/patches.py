@@ -180,6 +180,16 @@ class Patch:
         made: Planned = room.plan(self, folder, anatomy, dtype=dtype, force_base=force_base, untie=untie)
         return made
 
+    def export_lora(self, folder: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
+        """Write the patch as a LoRA adapter for the checkpoint in `folder`.
+
+        See `edits.lora.export_lora`, which is looked up by name as in `plan`.
+
+        Raises:
+            SteerError: something in it is no product of low rank; `out` exists.
+        """
+        importlib.import_module("edits.lora").export_lora(self, folder, out)
+
     def steering(self) -> Steering:
         """Return the hook form: `ProjectOut` at `head_out`, one intervention for all layers that share a weight.
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +90,7 @@ def _written(change: Patch | Steering, folder: Path, identity: ModelIdentity, pl
     check_same(patch.model, identity, "the patch")
     # A copy with wider heads has other bytes and another shape, and is the same model.
     fitting = patch if own else replace(patch, model=None, expects={})
-    import_module("edits.lora").export_lora(fitting, folder, place)
+    fitting.export_lora(folder, place)
     return patch.fingerprint
 
 
