@@ -118,10 +118,10 @@ class Session:
             name: float(value) for name, value in rows if name.startswith(("steer_requests_total", "vllm:num_requests"))
         }
 
-    def memory(self) -> int:
-        """Bytes that the server's processes have for themselves."""
+    def memory(self) -> dict[str, int]:
+        """Bytes that each of the server's processes has for itself, by its number."""
         tree = [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]
-        return sum(process.memory_full_info().uss for process in tree)
+        return {f"{process.pid} {process.name()}": process.memory_full_info().uss for process in tree}
 
 
 async def alone(session: Session) -> dict[str, Any]:

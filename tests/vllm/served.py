@@ -31,9 +31,11 @@ SETTINGS = {
     "limits": {"other": [0.0, 2.0]},
     "body_bytes": 20_000,
 }
+CACHE = 64 << 20
+"""Bytes of the key-value cache: small enough that all of it has been touched soon, or memory would seem to grow."""
 OPTIONS = (
     "--dtype", "float32", "--max-model-len", "256", "--enforce-eager", "--block-size", "32",
-    "--max-num-batched-tokens", "512", "--distributed-executor-backend", "uni", "--disable-uvicorn-access-log",
+    "--max-num-batched-tokens", "512", "--kv-cache-memory-bytes", str(CACHE), "--distributed-executor-backend", "uni", "--disable-uvicorn-access-log",
 )  # fmt: skip
 MALFORMED = {
     "no JSON": ("/v1/completions", b"{"),
