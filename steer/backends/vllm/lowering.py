@@ -24,6 +24,7 @@ from torch import Tensor
 
 from steer.directions import unit_vector
 from steer.errors import SteerError
+from steer.expert_interventions import LARGEST
 from steer.interventions import Add, BiasRouter, Intervention, ProjectOut, ScaleExperts, prepared
 from steer.phases import State, phase_mask
 from steer.ranges import ranges
@@ -210,8 +211,7 @@ def _row(place: Place, several: list[Intervention], experts: int, chosen: int) -
             if isinstance(each, Add)
         ]
         total = torch.stack(list(parts)).sum(0) if len(parts) > 1 else parts[0].clone()
-        if not bool(torch.isfinite(total).all()):
-            raise SteerError(f"what is added at {place[0]} of layer {layer} is not finite in float32", "finite numbers")
+        _check_most(f"what is added at {place[0]} of layer {layer}", total)
         return Row(gate(first.phase), vector=total)
     if kind == "scale":
         return _scaling(place, several, experts, chosen)
@@ -234,8 +234,7 @@ def _scaling(place: Place, several: Iterable[Intervention], experts: int, chosen
         assert isinstance(each, ScaleExperts), "nothing else is at home at router"
         renormalise, phase = each.renormalise, each.phase
         factors[list(each.in_layer(layer))] *= each.factor(1.0)
-    if not bool(torch.isfinite(factors).all()):
-        raise SteerError(f"what multiplies weights at {place[0]} of layer {layer} is not finite in float32", "finite numbers")  # fmt: skip
+    _check_most(f"what multiplies weights at {place[0]} of layer {layer}", factors)
     gone = (factors == 0).nonzero().flatten().tolist()
     if renormalise and len(gone) >= max(chosen, 1):
         raise SteerError(
@@ -250,6 +249,12 @@ def _named(pairs: Iterable[tuple[int, int]], layer: int, experts: int) -> Bool[T
     table = torch.zeros(experts, dtype=torch.bool)
     table[[expert for at, expert in pairs if at == layer]] = True
     return table
+
+
+def _check_most(what: str, numbers: Tensor) -> None:
+    """Refuse numbers whose sum over all layers may overflow: NaN would stay in cache blocks that others are given next."""
+    if not bool((numbers.abs() <= LARGEST).all()):
+        raise SteerError(f"{what} is beyond {LARGEST:g}", "numbers whose sums float32 holds", "Choose another coefficient")  # fmt: skip
 
 
 def _finite(weight: float, place: Place) -> float:

@@ -16,6 +16,7 @@ from torch import Tensor
 from steer.backends.vllm.config import Declared
 from steer.backends.vllm.lowering import STATES, Lowered, Place
 from steer.errors import SteerError
+from steer.expert_interventions import LARGEST
 
 WIDTH = len(STATES)
 Table = dict[str, Tensor]
@@ -134,7 +135,8 @@ def change(
     total: Tensor | None = None
     if project is not None:
         unit, weight = looked_up(project, code, slot)
-        total = -(weight * (value.float() * unit).sum(-1, keepdim=True)) * unit
+        size = weight * (value.float() * unit).sum(-1, keepdim=True)
+        total = -size.clamp(-LARGEST, LARGEST) * unit  # As `lowering` bounds what is added: no stream becomes infinite.
     if add is not None:
         vector, weight = looked_up(add, code, slot)
         added = weight * vector

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from steer.backends.vllm.lowering import Lowered, Row, gate
-from steer.backends.vllm.tables import WIDTH, Tables
+from steer.backends.vllm.tables import WIDTH, Tables, change
 from steer.errors import SteerError
 from tests.steer.backends.vllm import fakes
 
@@ -87,3 +87,16 @@ def test_a_step_is_told_and_the_rest_becomes_unsteered() -> None:
 def test_memory_is_counted() -> None:
     tables = fakes.tables_of((ADD,), slots=7)
     assert tables.bytes == 2 * 16 * 8 + 8 * fakes.HIDDEN * 4 + 8 * WIDTH * 4
+
+
+def test_no_projection_makes_a_stream_infinite() -> None:
+    """Layer after layer it multiplies; NaN in a cache block would reach whoever is given the block next."""
+    unit = torch.zeros(2, fakes.HIDDEN)
+    unit[1, 0] = 1.0
+    gates = torch.zeros(2 * WIDTH)
+    gates[WIDTH:] = -1e37
+    table, one = {"vector": unit, "gate": gates}, torch.ones(1, dtype=torch.long)
+    stream = torch.ones(1, fakes.HIDDEN)
+    for _ in range(300):
+        stream = stream + change(stream, table, None, one * WIDTH, one)
+    assert bool(torch.isfinite(stream).all()) and float(stream[0, 0]) > 1e32 and bool((stream[0, 1:] == 1).all())
