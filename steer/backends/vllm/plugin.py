@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from functools import wraps
 from typing import Any
 
+from steer.errors import SteerError
+
 _registered = False
 
 
@@ -40,10 +42,18 @@ def _after_load(original: Any) -> Any:
         from steer.backends.vllm.config import Declared
 
         declared = Declared.from_config(self.vllm_config.additional_config)
-        if declared is not None and getattr(self, "steer", None) is None:
+        if declared is None:
+            return result
+        if getattr(self, "steer", None) is None:
             from steer.backends.vllm.worker import Worker
 
             self.steer = Worker(self, declared)
+        elif self.steer.model is not self.model_runner.get_model():
+            raise SteerError(
+                "a worker has loaded a second model, whose layers nobody steers",
+                "one model per engine",
+                "Load other weights into it with reload_weights, or start the engine again",
+            )
         return result
 
     return load_model

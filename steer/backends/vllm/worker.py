@@ -42,7 +42,7 @@ class Worker:
     def __init__(self, worker: Any, declared: Declared) -> None:
         config, runner = worker.vllm_config, worker.model_runner
         check_config(config, declared)
-        model = runner.get_model()
+        self.model = model = runner.get_model()
         layers = in_layers.decoder_layers(model, declared)
         places = in_layers.local_places(declared, layers)
         self.tables = Tables(declared, places, _tokens(config), torch.device(runner.device))
