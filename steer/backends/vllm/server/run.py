@@ -24,13 +24,13 @@ from steer.backends.vllm.server import places
 from steer.backends.vllm.server.directory import Directory
 from steer.backends.vllm.server.front import VARIABLE, Front, Started
 from steer.backends.vllm.server.settings import Settings
-from steer.backends.vllm.start import mark_texts, require, runnable
+from steer.backends.vllm.start import mark_texts, require, runnable, stored
+from steer.backends.vllm.store import usual
 from steer.errors import SteerError
 from steer.loading import tokenizer_of
 from steer.marks import Marks
 from steer.sources import Source, locate
 from steer.steering import Steering
-from steer.weights import cache_folder
 
 PROGRAM = "steer.backends.vllm.server.launch"
 MIDDLEWARE = "steer.backends.vllm.server.middleware.SteeringMiddleware"
@@ -130,7 +130,7 @@ def plan(options: Options) -> Plan:
     source = locate(options.model)
     headers = read_headers(source.folder)
     anatomy = resolve(headers.config, shapes_of(headers.config, headers.shapes))
-    store = options.store or cache_folder() / "vllm-store"
+    store = options.store or usual()
     store.mkdir(parents=True, exist_ok=True)
     directory = Directory(None if options.steerings is None else options.steerings)
     most = Started("", "", {}, settings=_text(options.settings), flags=options.flags).read_settings().file_bytes
@@ -198,6 +198,7 @@ def _arguments(options: Options, front: Front, source: Source, tokenizer: Any) -
         *(word for flag, degree in parallel.items() if degree > 1 for word in (flag, str(degree))),
         *_adapters(started, folder == source.folder, processors),
         *_reasoning(options, front, tokenizer),
+        *_dtype(options, folder),
         *options.rest,
         *("--additional-config", json.dumps(started.config, separators=(",", ":"))),
         *("--middleware", MIDDLEWARE),
@@ -228,6 +229,12 @@ def _reasoning(options: Options, front: Front, tokenizer: Any) -> list[str]:
     texts = mark_texts(front.declared.marks, tokenizer)
     told = {} if texts is None else {"reasoning_start_str": texts[0], "reasoning_end_str": texts[1]}
     return ["--reasoning-config", json.dumps(told)] if told else []
+
+
+def _dtype(options: Options, folder: Path) -> list[str]:
+    """Keep weights of float32 as they are, as `SteeredLLM` does, where nothing else was said; vLLM would halve them."""
+    said = any(word.split("=")[0] == "--dtype" for word in options.rest)
+    return ["--dtype", "float32"] if stored(folder) == "float32" and not said else []
 
 
 def _tokenizer(source: Source) -> Any:

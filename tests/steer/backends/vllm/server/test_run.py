@@ -62,6 +62,12 @@ def test_vllm_is_told_where_to_listen_what_to_steer_and_who_stands_in_front(fold
     assert made.command[1:3] == ("-m", "steer.backends.vllm.server.launch")
 
 
+def test_weights_of_float32_stay_so_unless_something_else_is_said(folder: Path) -> None:
+    assert value(planned(folder), "--dtype") == "float32"
+    assert value(planned(folder, rest=("--dtype", "bfloat16")), "--dtype") == "bfloat16"
+    assert "--dtype" not in planned(folder, rest=("--dtype=bfloat16",)).arguments
+
+
 def test_every_api_server_is_told_the_same(folder: Path, tmp_path: Path) -> None:
     made = planned(folder, flags={"coefficients": [0.0, 1.0]})
     again = Started(**json.loads(made.started.to_text()))
