@@ -107,7 +107,7 @@ def rank_of(folder: Path) -> int:
         raise SteerError(f"{folder / CONFIG} says no rank ({error})", "an adapter as PEFT writes it") from None
 
 
-def options(adapters: Iterable[Adapter], processors: bool) -> dict[str, Any]:
+def options(adapters: Iterable[Adapter], processors: bool, experts: int) -> dict[str, Any]:
     """Return the arguments of `vllm.LLM` that make room for adapters.
 
     On processors vLLM 0.32 looks a request without an adapter up as the last place (index -1), and gives it what lies
@@ -116,13 +116,20 @@ def options(adapters: Iterable[Adapter], processors: bool) -> dict[str, Any]:
     Args:
         adapters: what may be asked for.
         processors: whether there is no accelerator.
+        experts: how many a layer of the model has.
 
     Raises:
-        SteerError: a rank above what vLLM has room for.
+        SteerError: a rank above what vLLM has room for; on processors, a model with experts.
     """
     held = list(adapters)
     if not held:
         return {}
+    if processors and experts:
+        raise SteerError(
+            "with adapters vLLM runs experts by a Triton kernel only, which processors do not have",
+            "a model without experts, or a GPU",
+            "Apply the patch to the checkpoint (`steer apply`) and serve that",
+        )
     highest = max(adapter.rank for adapter in held)
     room = [rank for rank in RANKS if rank >= highest]
     if not room:
@@ -133,10 +140,7 @@ def options(adapters: Iterable[Adapter], processors: bool) -> dict[str, Any]:
 
 
 def only(adapters: Iterable[Adapter]) -> dict[str, Any]:
-    """Return the argument of `vllm.LLM` that leaves modules alone which no adapter changes; none where one does not say.
-
-    On processors vLLM 0.32 cannot make room for adapters of experts, and need not where only other modules are changed.
-    """
+    """Return the argument of `vllm.LLM` that leaves modules alone which no adapter changes; none where one does not say."""
     names: set[str] = set()
     for adapter in adapters:
         config = json.loads((adapter.folder / CONFIG).read_bytes())

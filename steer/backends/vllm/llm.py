@@ -107,7 +107,12 @@ class SteeredLLM:
         told = {} if dtype is None else {"dtype": str(dtype).removeprefix("torch.")}
         given = {"dtype": "float32"} if source.organism else {}
         held = list(self.adapters.values())
-        given |= {**told, **lora.options(held, self._machine.processors), **lora.only(held), **options}
+        given |= {
+            **told,
+            **lora.options(held, self._machine.processors, self.anatomy.experts),
+            **lora.only(held),
+            **options,
+        }
         arguments = start.options(folder, self._machine, given, source.organism, self.marks, self.tokenizer)
         self._simple = "reasoning_config" not in given and "reasoning_config" in arguments
         self.declared = Declared.of(

@@ -196,7 +196,7 @@ def _arguments(options: Options, front: Front, source: Source, tokenizer: Any) -
         *("--max-num-seqs", str(options.max_num_seqs)),
         *("--shutdown-timeout", str(options.drain), "--seed", str(options.seed)),
         *(word for flag, degree in parallel.items() if degree > 1 for word in (flag, str(degree))),
-        *_adapters(started, folder == source.folder, processors),
+        *_adapters(started, folder == source.folder, processors, front.declared.experts),
         *_reasoning(options, front, tokenizer),
         *_dtype(options, folder),
         *options.rest,
@@ -205,7 +205,7 @@ def _arguments(options: Options, front: Front, source: Source, tokenizer: Any) -
     ]
 
 
-def _adapters(started: Started, own: bool, processors: bool) -> list[str]:
+def _adapters(started: Started, own: bool, processors: bool, experts: int) -> list[str]:
     folders = {name: Path(str(started.steerings)) / name for name in started.adapters}
     if not folders:
         return []
@@ -217,7 +217,7 @@ def _adapters(started: Started, own: bool, processors: bool) -> list[str]:
         )
     held = [Adapter(name, folder, rank_of(folder), 0, "") for name, folder in folders.items()]
     rows = (json.dumps({"name": name, "path": str(folder)}) for name, folder in folders.items())
-    flags = [(flag, value) for flag, value in room(held, processors).items() if value is not True]
+    flags = [(flag, value) for flag, value in room(held, processors, experts).items() if value is not True]
     told = [word for flag, value in flags for word in (f"--{flag.replace('_', '-')}", str(value))]
     return ["--enable-lora", *told, "--lora-modules", *rows]
 

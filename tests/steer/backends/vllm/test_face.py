@@ -119,7 +119,7 @@ def test_narrow_heads_run_from_a_copy_that_is_made_once(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     source = locate(MODEL)
-    assert start.runnable(source, processors=False) == source.folder
+    assert start.runnable(source, processors=False, experts=8) == source.folder
     copy = start.runnable(source, processors=True)
     assert copy.parent == tmp_path / "reasoning-steer" / "vllm" and "heads of 16" in capsys.readouterr().err
     written = (copy / "model.safetensors").stat().st_mtime_ns
@@ -176,16 +176,18 @@ def test_an_adapter_is_written_for_the_copy_and_does_what_the_hook_does(
     wide = steer.load(folder)
     (adapted,) = wide.with_(load_change(made.folder, str(folder))).run(ids)
     assert float((adapted - hooked).abs().max()) < 1e-4 < float((model.run(ids)[0] - hooked).abs().max())
-    assert adapters.options([made], processors=False) == {
+    assert adapters.options([made], processors=False, experts=8) == {
         "enable_lora": True,
         "max_lora_rank": 1,
         "max_loras": 1,
         "max_cpu_loras": 1,
     }
     assert adapters.only([made]) == {"lora_target_modules": ["o_proj"]} and adapters.only([]) == {}
-    empty_beside = adapters.options([made] * 9, processors=True)
+    empty_beside = adapters.options([made] * 9, processors=True, experts=0)
     assert (empty_beside["max_loras"], empty_beside["max_cpu_loras"]) == (10, 10)
-    taking_turns = adapters.options([made] * 9, processors=False)
+    with pytest.raises(SteerError, match="runs experts by a Triton kernel only"):
+        adapters.options([made], processors=True, experts=8)
+    taking_turns = adapters.options([made] * 9, processors=False, experts=8)
     assert (taking_turns["max_loras"], taking_turns["max_cpu_loras"]) == (adapters.TOGETHER, 9)
     with pytest.raises(SteerError, match="another width"):
         adapters.prepared({"edit": made.folder}, folder, model.identity, tmp_path, own=False)
