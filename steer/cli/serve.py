@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import socket
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -92,6 +93,7 @@ def command(
     output = Output(json, quiet)
     if not dry_run:
         require()
+        _check_free(host, port)
     options = Options(
         model,
         steerings=steerings,
@@ -120,6 +122,18 @@ def command(
     if not dry_run:
         output.remark(f"Listening at http://{host}:{port} when vLLM is ready …")
         planned.become()
+
+
+def _check_free(host: str, port: int) -> None:
+    """Refuse an address at which nothing can listen; vLLM would find out behind minutes, with a traceback."""
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OSError as error:
+        raise SteerError(
+            f"nothing can listen at {host}:{port} ({error.strerror})",
+            "an address of this machine, and a port that is free",
+            "Choose another with --port",
+        ) from None
 
 
 def _flags(default: str | None, coefficients: tuple[float, float] | None, off: bool) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +189,15 @@ def test_the_verb_tells_what_it_would_start(folder: Path, tmp_path: Path, capsys
 def test_without_vllm_it_is_said_what_to_install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("steer.backends.vllm.start.find_spec", lambda name: None)
     refused(planned(folder).become, "reasoning-steer[vllm]")
+
+
+def test_a_port_that_is_taken_is_refused_before_anything_starts(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("steer.backends.vllm.start.find_spec", lambda name: True)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert app.run(["serve", "organism:chain", "--port", str(taken.getsockname()[1])]) == 2
+    assert "nothing can listen" in capsys.readouterr().err.lower()
 
 
 def test_it_becomes_vllm_with_the_same_environment_and_one_variable_more(
