@@ -119,7 +119,7 @@ def test_narrow_heads_run_from_a_copy_that_is_made_once(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     source = locate(MODEL)
-    assert start.runnable(source, processors=False, experts=8) == source.folder
+    assert start.runnable(source, processors=False) == source.folder
     copy = start.runnable(source, processors=True)
     assert copy.parent == tmp_path / "reasoning-steer" / "vllm" and "heads of 16" in capsys.readouterr().err
     written = (copy / "model.safetensors").stat().st_mtime_ns
@@ -200,7 +200,7 @@ def test_what_is_no_adapter_names_the_way_that_it_has(tmp_path: Path) -> None:
     experts = Steering((ScaleExperts(((known.anatomy.expert_layers[0], 1),), 4.0),))
     with pytest.raises(SteerError, match="steer apply"):
         adapters.prepared({"up": experts}, known.source.folder, known.identity, tmp_path, own=True)
-    assert adapters.options([], processors=True) == {}
+    assert adapters.options([], processors=True, experts=0) == {}
     with pytest.raises(SteerError, match="rank 600"):
         adapters.options([adapters.Adapter("a", tmp_path, 600, 1, "f")], processors=True)
     with pytest.raises(SteerError, match="says no rank"):
