@@ -202,7 +202,7 @@ def test_what_is_no_adapter_names_the_way_that_it_has(tmp_path: Path) -> None:
         adapters.prepared({"up": experts}, known.source.folder, known.identity, tmp_path, own=True)
     assert adapters.options([], processors=True, experts=0) == {}
     with pytest.raises(SteerError, match="rank 600"):
-        adapters.options([adapters.Adapter("a", tmp_path, 600, 1, "f")], processors=True)
+        adapters.options([adapters.Adapter("a", tmp_path, 600, 1, "f")], processors=True, experts=0)
     with pytest.raises(SteerError, match="says no rank"):
         adapters.rank_of(tmp_path)
 
