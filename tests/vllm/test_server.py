@@ -66,7 +66,7 @@ def test_the_thinking_budget_of_vllm_holds_under_steering(chain: Bench, seen: Se
     [
         ("unknown", ["clam", "none, add, broken, changing, heads, other, parts, unfit"]),
         ("limit", ["0 to 2", "other"]),
-        ("not finite", ["not finite"]),
+        ("not finite", ["beyond 1e+30"]),
         ("phase", ["dreaming"]),
         ("no form", ["SetComponent", "no form"]),
         ("broken", ["not YAML"]),
